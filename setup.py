@@ -1,0 +1,121 @@
+"""Builds libkvcore (the C core, one shared library) and the Cython extensions that link to it.
+
+Everything declarative is in pyproject.toml. What is here needs code: the attention kernels are one
+text compiled once per instruction set, each with its own flags, so that one build runs on every CPU
+of its architecture and picks at load time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+PACKAGE = Path("src/kvcore")
+CORE = PACKAGE / "core"
+INCLUDE = PACKAGE / "include"
+EXTENSIONS = sorted(path.stem for path in (PACKAGE / "_native").glob("*.pyx"))
+
+CFLAGS = ["-O3", "-std=c11", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+# Cython's output is not ours to make free of warnings.
+CYTHON_CFLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unused-function"]
+if os.environ.get("KVCORE_WERROR"):
+    CFLAGS.append("-Werror")
+
+ISA_CFLAGS = {
+    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512": [
+        "-mavx2", "-mfma", "-mf16c",
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+    ],
+}  # fmt: skip
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
+MACOS = sys.platform == "darwin"
+LIBRARY = "libkvcore.dylib" if MACOS else "libkvcore.so"
+
+
+class BuildExt(build_ext):
+    """Builds the shared core first, then the extensions against it."""
+
+    def run(self) -> None:
+        self.library_dir = Path("src/kvcore/lib" if self.inplace else self.build_lib + "/kvcore/lib")
+        for extension in self.extensions:
+            extension.library_dirs.append(str(self.library_dir))
+        super().run()
+
+    def build_extensions(self) -> None:
+        self.build_core()
+        super().build_extensions()
+
+    def build_core(self) -> None:
+        sources = sorted([*CORE.glob("*.c"), *(CORE / "kernels").glob("*.c")])
+        headers = [*CORE.rglob("*.h"), *INCLUDE.rglob("*.h")]
+        target = self.library_dir / LIBRARY
+        depends = [str(path) for path in [*sources, *headers, Path("setup.py")]]
+        if not self.force and not newer_group(depends, str(target), "newer"):
+            return
+        objects: list[str] = []
+        for source in sources:
+            isa_flags = ISA_CFLAGS.get(source.stem, []) if X86 else []
+            objects += self.compiler.compile(
+                [str(source)],
+                output_dir=self.build_temp,
+                include_dirs=[str(INCLUDE), str(INCLUDE / "kvcore"), str(CORE)],
+                extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
+                depends=depends,
+            )
+        self.library_dir.mkdir(parents=True, exist_ok=True)
+        soname = (
+            ["-install_name", f"@rpath/{LIBRARY}"] if MACOS else [f"-Wl,-soname,{LIBRARY}"]
+        )
+        # Linked beside its place and moved over it: a running process keeps the library it mapped.
+        fresh = target.with_suffix(".new")
+        self.compiler.link_shared_object(
+            objects, str(fresh), libraries=["m"], extra_postargs=["-pthread", *soname]
+        )
+        fresh.replace(target)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self.library_dir / LIBRARY)]
+
+
+def extension(name: str) -> Extension:
+    origin = "@loader_path" if MACOS else "$ORIGIN"
+    return Extension(
+        f"kvcore._native.{name}",
+        [str(PACKAGE / "_native" / f"{name}.pyx")],
+        include_dirs=[str(INCLUDE)],
+        libraries=["kvcore"],
+        library_dirs=[],
+        extra_compile_args=CYTHON_CFLAGS,
+        extra_link_args=[f"-Wl,-rpath,{origin}/../lib"],
+        depends=[str(path) for path in INCLUDE.rglob("*.h")],
+    )
+
+
+def cythonized() -> list[Extension]:
+    from Cython.Build import cythonize
+
+    directives = {
+        "language_level": 3,
+        "boundscheck": False,
+        "wraparound": False,
+        "cdivision": True,
+        "freethreading_compatible": False,
+        "binding": True,
+        "embedsignature": True,
+    }
+    return cythonize(
+        [extension(name) for name in EXTENSIONS],
+        include_path=["src"],
+        compiler_directives=directives,
+        build_dir=None,
+    )
+
+
+setup(ext_modules=cythonized(), cmdclass={"build_ext": BuildExt})

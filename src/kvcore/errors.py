@@ -1,0 +1,82 @@
+"""The exceptions of kvcore: one tree, and one table from C statuses to them."""
+
+from __future__ import annotations
+
+
+class KVCoreError(Exception):
+    """The root of every exception that kvcore raises on purpose."""
+
+
+class InvalidArgument(KVCoreError, ValueError):
+    """An argument has a value, shape or layout that the call does not accept."""
+
+
+class InvalidType(KVCoreError, TypeError):
+    """An argument has a type or dtype that the call does not accept."""
+
+
+class OutOfBlocks(KVCoreError):
+    """A pool has too few blocks for what was asked; nothing was changed.
+
+    Attributes:
+        group: the group whose pool is short.
+        needed: blocks that the call needs.
+        available: blocks that are free or cached.
+    """
+
+    def __init__(self, group: int, needed: int, available: int) -> None:
+        super().__init__(
+            f"group {group}: {needed} blocks needed, {available} available (free or cached); "
+            "free or truncate sequences, or create the cache with more blocks"
+        )
+        self.group = group
+        self.needed = needed
+        self.available = available
+
+
+class SequenceError(KVCoreError):
+    """A sequence cannot be used the way the call asks."""
+
+
+class SequenceFreed(SequenceError):
+    """The sequence was freed."""
+
+
+class SequenceBusy(SequenceError):
+    """The sequence is in an open step."""
+
+
+class ForeignSequence(SequenceError, ValueError):
+    """The sequence belongs to another cache."""
+
+
+class StepError(KVCoreError):
+    """A step is used out of order."""
+
+
+class StepClosed(StepError):
+    """The step was committed or rolled back."""
+
+
+class StepIncomplete(StepError):
+    """A layer was not appended, so the step was rolled back."""
+
+
+class CacheCorrupt(KVCoreError):
+    """The cache's books do not balance; this is a bug in kvcore or in a program that wrote over it."""
+
+
+class UnsupportedError(KVCoreError):
+    """This build, CPU or backend has no code for the request."""
+
+
+class BackendUnavailable(KVCoreError):
+    """A backend cannot be used here; the message says what is missing."""
+
+
+class MissingExtra(KVCoreError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
+class ModelFileError(KVCoreError, ValueError):
+    """A model file is missing, truncated, corrupt or of a kind that kvcore does not read."""

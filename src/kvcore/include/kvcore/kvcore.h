@@ -1,0 +1,298 @@
+/* kvcore: the KV-cache core of an LLM inference engine.
+ *
+ * Two planes. The control plane (kv_cache, sequences, steps) decides which token lives in which
+ * block and knows no dtype. The data plane (kv_append, kv_attend, ...) are functions without state
+ * over buffers that the caller owns and a plan that a step made.
+ *
+ * Conventions: every function that can fail returns a kv_status and then has changed nothing; index
+ * arrays are int32; strides are counted in elements for kv_rows and in bytes for kv_blocks; a
+ * struct_size field holds sizeof the struct as the caller compiled it. Control-plane functions may
+ * be called from any thread; a step belongs to one thread at a time.
+ */
+#ifndef KVCORE_H
+#define KVCORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "formats.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define KV_API
+#else
+#define KV_API __attribute__((visibility("default")))
+#endif
+
+/* ---- status ---------------------------------------------------------------------------------- */
+
+typedef enum kv_status {
+    KV_OK = 0,
+    KV_ERR_NULL,            /* a required pointer is NULL */
+    KV_ERR_VALUE,           /* an argument has a value that no call accepts */
+    KV_ERR_RANGE,           /* an index is outside its range */
+    KV_ERR_OVERFLOW,        /* a size or length does not fit its type */
+    KV_ERR_UNSUPPORTED,     /* this build or CPU has no code for the request */
+    KV_ERR_NO_MEMORY,       /* the system gave no memory */
+    KV_ERR_OUT_OF_BLOCKS,   /* a pool has too few blocks: see kv_shortage */
+    KV_ERR_STALE_SEQUENCE,  /* the sequence was freed */
+    KV_ERR_FOREIGN_SEQUENCE, /* the sequence belongs to another cache */
+    KV_ERR_SEQUENCE_BUSY,   /* the sequence is in an open step */
+    KV_ERR_DUPLICATE_SEQUENCE, /* the sequence stands twice in one step */
+    KV_ERR_STEP_CLOSED,     /* the step was committed or rolled back */
+    KV_ERR_STEP_INCOMPLETE, /* a layer that owns storage was not appended; the step was rolled back */
+    KV_ERR_ALREADY_APPENDED, /* the layer was appended in this step before */
+    KV_ERR_NOT_APPENDED,    /* the layer was not appended in this step yet */
+    KV_ERR_NO_STORAGE,      /* the layer reads another layer's cache and owns none */
+    KV_ERR_CORRUPT          /* kv_cache_check found books that do not balance */
+} kv_status;
+
+KV_API const char *kv_status_string(kv_status status);
+KV_API const char *kv_version(void);
+
+/* ---- formats and dtypes ---------------------------------------------------------------------- */
+
+typedef enum kv_format {
+#define KV_FORMAT_ENUM(ID, name, element_bits, row_metadata_bytes) KV_FORMAT_##ID,
+    KV_FORMATS(KV_FORMAT_ENUM)
+#undef KV_FORMAT_ENUM
+        KV_FORMAT_COUNT
+} kv_format;
+
+typedef struct kv_format_info {
+    const char *name;
+    int32_t element_bits;
+    int32_t row_metadata_bytes;
+} kv_format_info;
+
+/* NULL when `format` is not one. */
+KV_API const kv_format_info *kv_format_get_info(kv_format format);
+
+/* What callers hand in and get back. */
+typedef enum kv_dtype { KV_DTYPE_F32, KV_DTYPE_F16, KV_DTYPE_BF16, KV_DTYPE_COUNT } kv_dtype;
+
+/* ---- control plane: the cache ---------------------------------------------------------------- */
+
+typedef struct kv_cache kv_cache;
+typedef struct kv_step kv_step;
+typedef uint64_t kv_sequence; /* a handle tagged with its cache and generation; 0 is none */
+
+typedef struct kv_group_config {
+    int32_t block_size; /* token slots of a block: a power of two, 16 .. 4096 */
+    int32_t num_blocks;
+} kv_group_config;
+
+typedef struct kv_layer_config {
+    int32_t group;
+    int32_t kv_source; /* the layer whose cache it reads: its own index, or a lower one's */
+} kv_layer_config;
+
+typedef struct kv_cache_config {
+    size_t struct_size;
+    int32_t num_groups;
+    const kv_group_config *groups;
+    int32_t num_layers;
+    const kv_layer_config *layers;
+} kv_cache_config;
+
+KV_API kv_status kv_cache_create(const kv_cache_config *config, kv_cache **out);
+/* Frees the cache with its sequences. No step may be open: KV_ERR_SEQUENCE_BUSY otherwise. */
+KV_API kv_status kv_cache_destroy(kv_cache *cache);
+
+typedef struct kv_cache_stats {
+    size_t struct_size;
+    int64_t num_sequences;
+    int64_t open_steps;
+    int64_t prefix_queries;    /* sequences created with tokens to look up */
+    int64_t prefix_hits;       /* ... that found at least one block */
+    int64_t prefix_hit_tokens; /* tokens adopted from cached blocks */
+} kv_cache_stats;
+
+typedef struct kv_group_stats {
+    size_t struct_size;
+    int32_t total, in_use, cached, free; /* in_use + cached + free = total */
+    int64_t allocations;                 /* blocks handed out so far */
+    int64_t evictions;                   /* cached blocks given up for new ones */
+    int64_t copies;                      /* blocks copied on write */
+} kv_group_stats;
+
+KV_API kv_status kv_cache_get_stats(const kv_cache *cache, kv_cache_stats *out);
+KV_API kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group,
+                                          kv_group_stats *out);
+/* Recounts everything from the sequences up. On KV_ERR_CORRUPT the message says what is wrong. */
+KV_API kv_status kv_cache_check(const kv_cache *cache, char *message, size_t message_size);
+/* Gives every cached block back: forgets all prefixes that no sequence holds. */
+KV_API kv_status kv_cache_drop_prefixes(kv_cache *cache);
+
+/* ---- control plane: sequences ---------------------------------------------------------------- */
+
+KV_API kv_status kv_sequence_create(kv_cache *cache, kv_sequence *out);
+/* A sequence that starts with the longest cached prefix of `tokens`, at most num_tokens - 1 of
+ * them, so that one is left to compute. Only prefixes published under the same salt match. */
+KV_API kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *tokens,
+                                           int32_t num_tokens, uint64_t salt, kv_sequence *out);
+/* A sequence that shares the first `length` tokens of `source`; -1 means all of them. */
+KV_API kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
+                                  kv_sequence *out);
+KV_API kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length);
+KV_API kv_status kv_sequence_free(kv_cache *cache, kv_sequence sequence);
+KV_API kv_status kv_sequence_length(const kv_cache *cache, kv_sequence sequence, int32_t *out);
+/* Writes at most `capacity` block numbers of one group; *count is how many there are. */
+KV_API kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
+                                    int32_t *out, int32_t capacity, int32_t *count);
+
+/* ---- control plane: steps -------------------------------------------------------------------- */
+
+typedef struct kv_step_entry {
+    kv_sequence sequence;
+    int32_t num_new;       /* > 0 */
+    const int32_t *tokens; /* [num_new] token ids, or NULL: the new blocks are then never published
+                              for prefix reuse */
+} kv_step_entry;
+
+typedef struct kv_shortage {
+    int32_t group;
+    int64_t needed;
+    int64_t available; /* free + cached */
+} kv_shortage;
+
+/* Reserves slots for every entry or changes nothing. `shortage` may be NULL; it is filled with
+ * KV_ERR_OUT_OF_BLOCKS. */
+KV_API kv_status kv_step_begin(kv_cache *cache, const kv_step_entry *entries, int32_t num_entries,
+                               kv_step **out, kv_shortage *shortage);
+/* Commit makes the new lengths visible and rollback drops them; both close the step and end the
+ * life of its plans. A commit that returns KV_ERR_STEP_INCOMPLETE has rolled back. */
+KV_API kv_status kv_step_commit(kv_step *step);
+KV_API kv_status kv_step_rollback(kv_step *step);
+
+/* Each layer that owns storage is appended exactly once a step: check before, mark after. */
+KV_API kv_status kv_step_check_append(const kv_step *step, int32_t layer);
+KV_API kv_status kv_step_mark_appended(kv_step *step, int32_t layer);
+KV_API kv_status kv_step_check_attend(const kv_step *step, int32_t layer);
+
+/* What a step means for one group. All arrays but block_rows lie in one int32 buffer (`buffer`,
+ * `buffer_size` elements) that the step owns, the same for all its groups. */
+typedef struct kv_plan {
+    int32_t block_size;
+    int32_t num_sequences;        /* S */
+    int32_t num_tokens;           /* T = query_starts[S] */
+    int32_t max_new;              /* the largest number of new tokens of one sequence */
+    const int32_t *query_starts;  /* [S + 1] where each sequence's new tokens start */
+    const int32_t *seq_lens;      /* [S] stored + new tokens */
+    const int32_t *slots;         /* [T] block * block_size + offset of each new token */
+    int32_t num_copies;           /* C */
+    const int32_t *copies;        /* [C, 3] from block, to block, rows: before any write */
+    int32_t num_new_blocks;       /* M */
+    const int32_t *new_blocks;    /* [M, 3] sequence's place in the step, column, block: what
+                                     changed in the block tables since the last step */
+    const int32_t *const *block_rows; /* [S] each sequence's blocks, in order */
+    const int32_t *buffer;
+    int64_t buffer_size;
+} kv_plan;
+
+KV_API kv_status kv_step_get_plan(const kv_step *step, int32_t group, kv_plan *out);
+/* The block tables as one array [S, width], -1 beyond a sequence's last block. `width` must be at
+ * least the longest sequence's number of blocks. */
+KV_API kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t width);
+
+/* ---- data plane: storage --------------------------------------------------------------------- */
+
+/* K or V of one layer, [num_blocks, num_heads, block_size, head_dim], by strides in bytes. The
+ * elements of one row are dense. */
+typedef struct kv_blocks {
+    void *data;
+    kv_format format;
+    int32_t num_blocks, num_heads, block_size, head_dim;
+    int64_t block_stride, head_stride, token_stride;
+} kv_blocks;
+
+/* Fills `out` for a dense [N, H, B, D] buffer; data may be NULL to learn the sizes. */
+KV_API kv_status kv_blocks_init(kv_blocks *out, void *data, kv_format format, int32_t num_blocks,
+                                int32_t num_heads, int32_t block_size, int32_t head_dim);
+KV_API int64_t kv_blocks_nbytes(const kv_blocks *blocks);
+
+/* Memory aligned to 64 bytes, backed by large pages where the system has them, zeroed when first
+ * touched. */
+KV_API kv_status kv_memory_allocate(size_t nbytes, void **out);
+KV_API void kv_memory_free(void *memory, size_t nbytes);
+
+/* ---- data plane: operations ------------------------------------------------------------------ */
+
+/* New rows of a step, [T, H, D] ragged or [S, padded_length, H, D] padded, by strides in elements;
+ * the last axis is dense. Token i of sequence s lies at
+ *   ragged: (query_starts[s] + i) * token_stride
+ *   padded: s * sequence_stride + i * token_stride */
+typedef struct kv_rows {
+    void *data;
+    kv_dtype dtype;
+    int32_t num_heads, head_dim;
+    int32_t padded_length; /* 0: ragged */
+    int64_t sequence_stride, token_stride, head_stride;
+} kv_rows;
+
+/* Runs plan->copies on one array of blocks. */
+KV_API kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks);
+
+/* Encodes rows into the plan's slots. Call once for K and once for V. A slot of -1 is skipped. */
+KV_API kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks);
+
+/* Decodes tokens [start, stop) of one sequence into rows [stop - start, H, D] (ragged, `out` with
+ * padded_length 0). `block_row` holds the sequence's blocks. */
+KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num_columns,
+                         int32_t start, int32_t stop, const kv_rows *out);
+
+typedef struct kv_attend_options {
+    size_t struct_size;
+    float scale;   /* s = (q . k) * scale */
+    int32_t exact; /* non-zero: never take a path whose bits depend on how a prompt was chunked */
+} kv_attend_options;
+
+/* Causal attention of the plan's new tokens over everything their sequences hold, bottom-right
+ * aligned. q and out: [T, Hq, D] and [T, Hq, Dv]; Hq is a multiple of the blocks' num_heads. Padding
+ * of `out` is set to zero. lse: [T, Hq], natural logarithm, or NULL. */
+KV_API kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
+                           const kv_blocks *v, const kv_attend_options *options,
+                           const kv_rows *out, float *lse);
+
+/* Joins attention over disjoint KV ranges: outs [P, R, D], lses [P, R] -> out [R, D], lse [R]
+ * (may be NULL). A partial with lse -inf is neutral. Dense float32. */
+KV_API kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
+                                 int64_t num_rows, int32_t head_dim, float *out, float *lse);
+
+/* num_rows rows of head_dim elements, dense on both sides. */
+KV_API kv_status kv_quantize(const void *rows, kv_dtype dtype, kv_format format, int64_t num_rows,
+                             int32_t head_dim, void *out);
+KV_API kv_status kv_dequantize(const void *codes, kv_format format, int64_t num_rows,
+                               int32_t head_dim, kv_dtype dtype, void *out);
+
+/* y[r, n] = sum over k of x[r, k] * w[n, k] (+ bias[n]), float32, for few rows: each weight is read
+ * once, and a row's bits do not depend on the rows beside it. Strides count elements. */
+KV_API kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int64_t w_stride,
+                           const float *bias, float *y, int64_t y_stride, int32_t num_rows,
+                           int32_t num_outputs, int32_t num_inputs);
+
+/* ---- the machine ----------------------------------------------------------------------------- */
+
+/* Threads of every data-plane call, the caller included, at most 256. The default is what the
+ * process may use (affinity and cgroup quota), or KVCORE_NUM_THREADS where that is lower. A number
+ * set here is taken as it is, so that tests may oversubscribe; 0 restores the default. */
+KV_API kv_status kv_set_num_threads(int32_t num_threads);
+KV_API int32_t kv_get_num_threads(void);
+
+/* "scalar", "avx2", "avx512", "neon": chosen once from CPUID and the OS's state, or by KVCORE_ISA.
+ * kv_set_isa is for tests and comparisons; call it while no data-plane call runs. */
+KV_API const char *kv_get_isa(void);
+KV_API kv_status kv_set_isa(const char *name);
+/* Names of the ISAs that this build and CPU can run, best first; NULL ends the list. */
+KV_API const char *const *kv_available_isas(void);
+/* Names of the CPU's features that kernels may use ("avx512_bf16", ...); NULL ends the list. */
+KV_API const char *const *kv_cpu_features(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
