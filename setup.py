@@ -12,6 +12,7 @@ import platform
 import sys
 from pathlib import Path
 
+import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
@@ -66,6 +67,7 @@ class BuildExt(build_ext):
                 [str(source)],
                 output_dir=self.build_temp,
                 include_dirs=[str(INCLUDE), str(INCLUDE / "kvcore"), str(CORE)],
+                macros=[("KVCORE_VERSION", f'"{self.distribution.get_version()}"')],
                 extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
                 depends=depends,
             )
@@ -89,7 +91,8 @@ def extension(name: str) -> Extension:
     return Extension(
         f"kvcore._native.{name}",
         [str(PACKAGE / "_native" / f"{name}.pyx")],
-        include_dirs=[str(INCLUDE)],
+        include_dirs=[str(INCLUDE), numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
         libraries=["kvcore"],
         library_dirs=[],
         extra_compile_args=CYTHON_CFLAGS,

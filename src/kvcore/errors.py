@@ -80,3 +80,25 @@ class MissingExtra(KVCoreError, ImportError):
 
 class ModelFileError(KVCoreError, ValueError):
     """A model file is missing, truncated, corrupt or of a kind that kvcore does not read."""
+
+
+#: What a status of the C core becomes in Python, by the status's name.
+STATUS_EXCEPTIONS: dict[str, type[Exception]] = {
+    "ERR_NULL": InvalidArgument,
+    "ERR_VALUE": InvalidArgument,
+    "ERR_RANGE": InvalidArgument,
+    "ERR_OVERFLOW": InvalidArgument,
+    "ERR_UNSUPPORTED": UnsupportedError,
+    "ERR_NO_MEMORY": MemoryError,
+    "ERR_OUT_OF_BLOCKS": OutOfBlocks,
+    "ERR_STALE_SEQUENCE": SequenceFreed,
+    "ERR_FOREIGN_SEQUENCE": ForeignSequence,
+    "ERR_SEQUENCE_BUSY": SequenceBusy,
+    "ERR_DUPLICATE_SEQUENCE": InvalidArgument,
+    "ERR_STEP_CLOSED": StepClosed,
+    "ERR_STEP_INCOMPLETE": StepIncomplete,
+    "ERR_ALREADY_APPENDED": StepError,
+    "ERR_NOT_APPENDED": StepError,
+    "ERR_NO_STORAGE": StepError,
+    "ERR_CORRUPT": CacheCorrupt,
+}

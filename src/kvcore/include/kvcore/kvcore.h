@@ -29,27 +29,35 @@ extern "C" {
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
+#define KV_STATUSES(KV_STATUS)                                                                      \
+    KV_STATUS(OK, "ok")                                                                            \
+    KV_STATUS(ERR_NULL, "a required pointer is NULL")                                              \
+    KV_STATUS(ERR_VALUE, "an argument has a value that no call accepts")                           \
+    KV_STATUS(ERR_RANGE, "an index is outside its range")                                          \
+    KV_STATUS(ERR_OVERFLOW, "a size or length does not fit its type")                              \
+    KV_STATUS(ERR_UNSUPPORTED, "this build or CPU has no code for the request")                    \
+    KV_STATUS(ERR_NO_MEMORY, "the system gave no memory")                                          \
+    KV_STATUS(ERR_OUT_OF_BLOCKS, "a pool has too few blocks")                                      \
+    KV_STATUS(ERR_STALE_SEQUENCE, "the sequence was freed")                                        \
+    KV_STATUS(ERR_FOREIGN_SEQUENCE, "the sequence belongs to another cache")                       \
+    KV_STATUS(ERR_SEQUENCE_BUSY, "the sequence is in an open step")                                \
+    KV_STATUS(ERR_DUPLICATE_SEQUENCE, "the sequence stands twice in one step")                     \
+    KV_STATUS(ERR_STEP_CLOSED, "the step was committed or rolled back")                            \
+    KV_STATUS(ERR_STEP_INCOMPLETE, "a layer was not appended; the step was rolled back")           \
+    KV_STATUS(ERR_ALREADY_APPENDED, "the layer was already appended in this step")                 \
+    KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")                     \
+    KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")               \
+    KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")
+
 typedef enum kv_status {
-    KV_OK = 0,
-    KV_ERR_NULL,            /* a required pointer is NULL */
-    KV_ERR_VALUE,           /* an argument has a value that no call accepts */
-    KV_ERR_RANGE,           /* an index is outside its range */
-    KV_ERR_OVERFLOW,        /* a size or length does not fit its type */
-    KV_ERR_UNSUPPORTED,     /* this build or CPU has no code for the request */
-    KV_ERR_NO_MEMORY,       /* the system gave no memory */
-    KV_ERR_OUT_OF_BLOCKS,   /* a pool has too few blocks: see kv_shortage */
-    KV_ERR_STALE_SEQUENCE,  /* the sequence was freed */
-    KV_ERR_FOREIGN_SEQUENCE, /* the sequence belongs to another cache */
-    KV_ERR_SEQUENCE_BUSY,   /* the sequence is in an open step */
-    KV_ERR_DUPLICATE_SEQUENCE, /* the sequence stands twice in one step */
-    KV_ERR_STEP_CLOSED,     /* the step was committed or rolled back */
-    KV_ERR_STEP_INCOMPLETE, /* a layer that owns storage was not appended; the step was rolled back */
-    KV_ERR_ALREADY_APPENDED, /* the layer was appended in this step before */
-    KV_ERR_NOT_APPENDED,    /* the layer was not appended in this step yet */
-    KV_ERR_NO_STORAGE,      /* the layer reads another layer's cache and owns none */
-    KV_ERR_CORRUPT          /* kv_cache_check found books that do not balance */
+#define KV_STATUS_ENUM(ID, message) KV_##ID,
+    KV_STATUSES(KV_STATUS_ENUM)
+#undef KV_STATUS_ENUM
+        KV_STATUS_COUNT
 } kv_status;
 
+/* "OUT_OF_BLOCKS" and the like for programs, a sentence for people. */
+KV_API const char *kv_status_name(kv_status status);
 KV_API const char *kv_status_string(kv_status status);
 KV_API const char *kv_version(void);
 
@@ -80,6 +88,8 @@ typedef struct kv_cache kv_cache;
 typedef struct kv_step kv_step;
 typedef uint64_t kv_sequence; /* a handle tagged with its cache and generation; 0 is none */
 
+#define KV_MAX_GROUPS 16
+
 typedef struct kv_group_config {
     int32_t block_size; /* token slots of a block: a power of two, 16 .. 4096 */
     int32_t num_blocks;
@@ -92,7 +102,7 @@ typedef struct kv_layer_config {
 
 typedef struct kv_cache_config {
     size_t struct_size;
-    int32_t num_groups;
+    int32_t num_groups; /* 1 .. KV_MAX_GROUPS */
     const kv_group_config *groups;
     int32_t num_layers;
     const kv_layer_config *layers;

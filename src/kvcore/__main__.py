@@ -1,0 +1,5 @@
+"""`python -m kvcore` is `kvcore`."""
+
+from .cli import main
+
+main()

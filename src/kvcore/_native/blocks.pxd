@@ -1,0 +1,33 @@
+from libc.stdint cimport int32_t
+cimport numpy as cnp
+
+from kvcore._native.capi cimport kv_blocks, kv_cache, kv_plan, kv_step
+
+
+cdef class Memory:
+    cdef void *data
+    cdef size_t nbytes
+    cdef Py_ssize_t[1] shape
+    cdef Py_ssize_t[1] strides
+
+
+cdef class Blocks:
+    cdef kv_blocks c
+    cdef readonly cnp.ndarray array
+
+
+cdef class Plan:
+    cdef kv_plan c
+    cdef const int32_t **rows
+    cdef object owner
+
+
+cdef class NativeStep:
+    cdef kv_step *step
+    cdef ControlPlane control
+    cdef list plans
+    cdef int close(self) except -1
+
+
+cdef class ControlPlane:
+    cdef kv_cache *cache

@@ -1,0 +1,382 @@
+"""The control plane and the storage of the C core."""
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport int32_t, int64_t, uint64_t
+cimport numpy as cnp
+
+import numpy as np
+
+from kvcore._native.capi cimport *
+from kvcore.errors import CacheCorrupt, InvalidArgument, OutOfBlocks
+
+cnp.import_array()
+
+
+def format_table():
+    """The rows of formats.h: (name, element_bits, row_metadata_bytes) by format number."""
+    cdef int i
+    cdef const kv_format_info *info
+    table = []
+    for i in range(KV_FORMAT_COUNT):
+        info = kv_format_get_info(i)
+        table.append((info.name.decode(), info.element_bits, info.row_metadata_bytes))
+    return table
+
+
+def status_table():
+    """The names of all statuses, by number."""
+    names = []
+    cdef int i = 0
+    while True:
+        name = kv_status_name(i).decode()
+        if name == "UNKNOWN":
+            return names
+        names.append(name)
+        i += 1
+
+
+cdef class Memory:
+    """Aligned memory from the core, through the buffer protocol as writable bytes."""
+
+    def __cinit__(self, size_t nbytes):
+        check(kv_memory_allocate(nbytes, &self.data))
+        self.nbytes = nbytes
+
+    def __dealloc__(self):
+        kv_memory_free(self.data, self.nbytes)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.shape[0] = <Py_ssize_t>self.nbytes
+        self.strides[0] = 1
+        buffer.buf = self.data
+        buffer.obj = self
+        buffer.len = <Py_ssize_t>self.nbytes
+        buffer.itemsize = 1
+        buffer.readonly = 0
+        buffer.ndim = 1
+        buffer.format = b"B"
+        buffer.shape = self.shape
+        buffer.strides = self.strides
+        buffer.suboffsets = NULL
+        buffer.internal = NULL
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        pass
+
+
+cdef class Blocks:
+    """K or V of one layer: an array [N, H, B, D], or [N, B, H, D] with heads_last, and its format.
+
+    The array's elements are the format's storage type (uint16 for bf16).
+    """
+
+    def __cinit__(self, cnp.ndarray array not None, int format, bint heads_last=False):
+        cdef int h = 2 if heads_last else 1
+        cdef int b = 1 if heads_last else 2
+        self.array = array
+        self.c.data = cnp.PyArray_DATA(array)
+        self.c.format = format
+        self.c.num_blocks = <int32_t>array.shape[0]
+        self.c.num_heads = <int32_t>array.shape[h]
+        self.c.block_size = <int32_t>array.shape[b]
+        self.c.head_dim = <int32_t>array.shape[3]
+        self.c.block_stride = array.strides[0]
+        self.c.head_stride = array.strides[h]
+        self.c.token_stride = array.strides[b]
+
+    @property
+    def num_heads(self):
+        return self.c.num_heads
+
+    @property
+    def block_size(self):
+        return self.c.block_size
+
+    @property
+    def head_dim(self):
+        return self.c.head_dim
+
+    @property
+    def nbytes(self):
+        return kv_blocks_nbytes(&self.c)
+
+
+cdef object copied(const int32_t *data, int64_t count):
+    """A NumPy copy, because the step's buffer is used again by later steps."""
+    cdef cnp.npy_intp n = count
+    cdef cnp.ndarray array = cnp.PyArray_EMPTY(1, &n, cnp.NPY_INT32, 0)
+    cdef int32_t *out = <int32_t *>cnp.PyArray_DATA(array)
+    cdef int64_t i
+    for i in range(count):
+        out[i] = data[i]
+    return array
+
+
+cdef class Plan:
+    """What a step means for one group; see kv_plan in kvcore.h. Properties return copies."""
+
+    def __dealloc__(self):
+        PyMem_Free(self.rows)
+
+    @staticmethod
+    def from_tables(cnp.ndarray block_tables not None, cnp.ndarray seq_lens not None,
+                    cnp.ndarray query_starts not None, int32_t block_size):
+        """A plan from a caller's own books: C-contiguous int32 [S, W], [S] and [S + 1]."""
+        cdef Plan plan = Plan.__new__(Plan)
+        cdef int32_t count = <int32_t>seq_lens.shape[0]
+        cdef int64_t width = block_tables.shape[1]
+        cdef const int32_t *table = <const int32_t *>cnp.PyArray_DATA(block_tables)
+        cdef const int32_t *starts = <const int32_t *>cnp.PyArray_DATA(query_starts)
+        cdef int32_t s
+        plan.rows = <const int32_t **>PyMem_Malloc((count + 1) * sizeof(int32_t *))
+        if plan.rows == NULL:
+            raise MemoryError
+        for s in range(count):
+            plan.rows[s] = table + s * width
+            plan.c.max_new = max(plan.c.max_new, starts[s + 1] - starts[s])
+        plan.c.block_size = block_size
+        plan.c.num_sequences = count
+        plan.c.num_tokens = starts[count]
+        plan.c.query_starts = starts
+        plan.c.seq_lens = <const int32_t *>cnp.PyArray_DATA(seq_lens)
+        plan.c.block_rows = plan.rows
+        plan.owner = (block_tables, seq_lens, query_starts)
+        return plan
+
+    @staticmethod
+    def from_slots(cnp.ndarray slots not None, int32_t block_size):
+        """A plan that only names the slots of new tokens: C-contiguous int32 [T], for append."""
+        cdef Plan plan = Plan.__new__(Plan)
+        plan.c.block_size = block_size
+        plan.c.num_sequences = 1
+        plan.c.num_tokens = plan.c.max_new = <int32_t>slots.shape[0]
+        starts = np.array([0, slots.shape[0], slots.shape[0]], np.int32)
+        plan.c.query_starts = <const int32_t *>cnp.PyArray_DATA(<cnp.ndarray>starts)
+        plan.c.seq_lens = plan.c.query_starts + 2
+        plan.c.slots = <const int32_t *>cnp.PyArray_DATA(slots)
+        plan.owner = (slots, starts)
+        return plan
+
+    @property
+    def block_size(self):
+        return self.c.block_size
+
+    @property
+    def num_sequences(self):
+        return self.c.num_sequences
+
+    @property
+    def num_tokens(self):
+        return self.c.num_tokens
+
+    @property
+    def max_new(self):
+        return self.c.max_new
+
+    @property
+    def num_copies(self):
+        return self.c.num_copies
+
+    @property
+    def query_starts(self):
+        return copied(self.c.query_starts, self.c.num_sequences + 1)
+
+    @property
+    def seq_lens(self):
+        return copied(self.c.seq_lens, self.c.num_sequences)
+
+    @property
+    def slots(self):
+        return copied(self.c.slots, self.c.num_tokens)
+
+    @property
+    def copies(self):
+        return copied(self.c.copies, 3 * self.c.num_copies).reshape(-1, 3)
+
+    @property
+    def new_blocks(self):
+        return copied(self.c.new_blocks, 3 * self.c.num_new_blocks).reshape(-1, 3)
+
+    @property
+    def buffer(self):
+        return copied(self.c.buffer, self.c.buffer_size)
+
+    @property
+    def block_tables(self):
+        """[S, W] int32 with the longest sequence's W; -1 beyond a sequence's last block."""
+        cdef int32_t longest = 0
+        cdef int32_t s
+        for s in range(self.c.num_sequences):
+            longest = max(longest, self.c.seq_lens[s])
+        cdef int32_t width = (longest + self.c.block_size - 1) // self.c.block_size
+        tables = np.empty((self.c.num_sequences, width), np.int32)
+        check(kv_plan_block_tables(&self.c, <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>tables),
+                                   width))
+        return tables
+
+
+cdef class NativeStep:
+    """An open step. Dropped while open, it rolls back."""
+
+    def __dealloc__(self):
+        # The core's lock is never held while Python code runs, so this cannot meet itself.
+        if self.step != NULL:
+            kv_step_rollback(self.step)
+
+    cdef int close(self) except -1:
+        self.step = NULL
+        for plan in self.plans:
+            (<Plan>plan).c.num_sequences = 0
+            (<Plan>plan).c.num_tokens = 0
+            (<Plan>plan).c.num_copies = 0
+            (<Plan>plan).c.num_new_blocks = 0
+            (<Plan>plan).c.buffer_size = 0
+        return 0
+
+    @property
+    def is_open(self):
+        return self.step != NULL
+
+    def commit(self):
+        cdef kv_step *step = self.step
+        self.close()
+        check(kv_step_commit(step))
+
+    def rollback(self):
+        cdef kv_step *step = self.step
+        self.close()
+        check(kv_step_rollback(step))
+
+    def check_append(self, int32_t layer):
+        check(kv_step_check_append(self.step, layer))
+
+    def mark_appended(self, int32_t layer):
+        check(kv_step_mark_appended(self.step, layer))
+
+    def check_attend(self, int32_t layer):
+        check(kv_step_check_attend(self.step, layer))
+
+    def plan(self, int32_t group):
+        cdef Plan plan = Plan.__new__(Plan)
+        check(kv_step_get_plan(self.step, group, &plan.c))
+        plan.owner = self
+        self.plans.append(plan)
+        return plan
+
+
+cdef class ControlPlane:
+    """Pools, sequences and steps: which token lives in which block."""
+
+    def __cinit__(self, groups, layers):
+        """groups: (block_size, num_blocks) each; layers: (group, kv_source) each."""
+        cdef kv_cache_config config
+        cdef kv_group_config[16] group_configs
+        cdef kv_layer_config *layer_configs
+        cdef int i
+        if len(groups) > KV_MAX_GROUPS:
+            raise InvalidArgument(f"groups: at most {KV_MAX_GROUPS}, got {len(groups)}")
+        for i, (block_size, num_blocks) in enumerate(groups):
+            group_configs[i] = kv_group_config(block_size, num_blocks)
+        layer_configs = <kv_layer_config *>PyMem_Malloc(len(layers) * sizeof(kv_layer_config) + 1)
+        if layer_configs == NULL:
+            raise MemoryError
+        try:
+            for i, (group, kv_source) in enumerate(layers):
+                layer_configs[i] = kv_layer_config(group, kv_source)
+            config.struct_size = sizeof(config)
+            config.num_groups = len(groups)
+            config.groups = group_configs
+            config.num_layers = len(layers)
+            config.layers = layer_configs
+            check(kv_cache_create(&config, &self.cache))
+        finally:
+            PyMem_Free(layer_configs)
+
+    def __dealloc__(self):
+        kv_cache_destroy(self.cache)
+
+    def create(self):
+        cdef kv_sequence handle
+        check(kv_sequence_create(self.cache, &handle))
+        return handle
+
+    def create_cached(self, cnp.ndarray tokens not None, uint64_t salt):
+        """tokens: C-contiguous int32 [n]."""
+        cdef kv_sequence handle
+        check(kv_sequence_create_cached(self.cache, <const int32_t *>cnp.PyArray_DATA(tokens),
+                                        <int32_t>tokens.shape[0], salt, &handle))
+        return handle
+
+    def fork(self, uint64_t source, int32_t length):
+        cdef kv_sequence handle
+        check(kv_sequence_fork(self.cache, source, length, &handle))
+        return handle
+
+    def truncate(self, uint64_t sequence, int32_t length):
+        check(kv_sequence_truncate(self.cache, sequence, length))
+
+    def free(self, uint64_t sequence):
+        check(kv_sequence_free(self.cache, sequence))
+
+    def length(self, uint64_t sequence):
+        cdef int32_t length
+        check(kv_sequence_length(self.cache, sequence, &length))
+        return length
+
+    def blocks(self, uint64_t sequence, int32_t group):
+        cdef int32_t count
+        check(kv_sequence_blocks(self.cache, sequence, group, NULL, 0, &count))
+        blocks = np.empty(count, np.int32)
+        check(kv_sequence_blocks(self.cache, sequence, group,
+                                 <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>blocks), count, &count))
+        return blocks
+
+    def begin(self, list handles, list counts, list tokens):
+        """tokens: for each entry a C-contiguous int32 array of its new token ids, or None."""
+        cdef int32_t count = <int32_t>len(handles)
+        cdef kv_shortage shortage
+        cdef kv_status status
+        cdef int i
+        cdef NativeStep step = NativeStep.__new__(NativeStep)
+        cdef kv_step_entry *entries = <kv_step_entry *>PyMem_Malloc(
+            count * sizeof(kv_step_entry) + 1)
+        if entries == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                entries[i].sequence = handles[i]
+                entries[i].num_new = counts[i]
+                entries[i].tokens = NULL
+                if tokens[i] is not None:
+                    entries[i].tokens = <const int32_t *>cnp.PyArray_DATA(<cnp.ndarray>tokens[i])
+            status = kv_step_begin(self.cache, entries, count, &step.step, &shortage)
+        finally:
+            PyMem_Free(entries)
+        if status == KV_ERR_OUT_OF_BLOCKS:
+            raise OutOfBlocks(shortage.group, shortage.needed, shortage.available)
+        check(status)
+        step.control = self
+        step.plans = []
+        return step
+
+    def stats(self):
+        cdef kv_cache_stats stats
+        stats.struct_size = sizeof(stats)
+        check(kv_cache_get_stats(self.cache, &stats))
+        return stats
+
+    def group_stats(self, int32_t group):
+        cdef kv_group_stats stats
+        stats.struct_size = sizeof(stats)
+        check(kv_cache_get_group_stats(self.cache, group, &stats))
+        return stats
+
+    def check(self):
+        cdef char[256] message
+        cdef kv_status status = kv_cache_check(self.cache, message, sizeof(message))
+        if status == KV_ERR_CORRUPT:
+            raise CacheCorrupt(message.decode())
+        check(status)
+
+    def drop_prefixes(self):
+        check(kv_cache_drop_prefixes(self.cache))

@@ -1,0 +1,169 @@
+"""The Backend protocol, and the registry that loads a backend when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvcore.errors import BackendUnavailable, InvalidArgument, InvalidType
+
+if TYPE_CHECKING:
+    from kvcore._native.blocks import Plan
+    from kvcore.spec import CacheSpec
+
+
+@dataclass(frozen=True)
+class AttendOptions:
+    """How a call of attend computes.
+
+    Attributes:
+        scale: s = (q . k) * scale; None means 1 / sqrt(head_dim).
+        exact: never take a path whose bits depend on how a prompt was chunked.
+    """
+
+    scale: float | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            return
+        if isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
+            raise InvalidType(f"scale: expected a number, got {type(self.scale).__name__}")
+        if not math.isfinite(self.scale):
+            raise InvalidArgument(f"scale: expected a finite number, got {self.scale}")
+
+    def scale_for(self, head_dim: int) -> float:
+        return 1.0 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
+
+
+class Storage(Protocol):
+    """A backend's memory for all blocks of a cache."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Backend(Protocol):
+    """The data plane: operations over (storage, plan) that keep no state of their own.
+
+    Arrays are the backend's own kind: NumPy's on the CPU. A plan is what a step means for the
+    group of the layer at hand. `append` and `attend` check shapes and dtypes of what the user gave.
+    """
+
+    name: str
+
+    def allocate(
+        self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None
+    ) -> Storage:
+        """Memory for num_blocks[g] blocks of each group g."""
+        ...
+
+    def append(
+        self, storage: Storage, layer: int, plan: Plan, k: Any, v: Any, layout: str
+    ) -> None:
+        """Encodes K and V of the plan's new tokens into their slots."""
+        ...
+
+    def attend(
+        self,
+        storage: Storage,
+        layer: int,
+        plan: Plan,
+        q: Any,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+        out: Any | None,
+    ) -> Any:
+        """out, or (out, lse): causal attention of the new tokens over their sequences."""
+        ...
+
+    def copy_blocks(self, storage: Storage, group: int, plan: Plan) -> None:
+        """Runs the plan's copies in every layer of a group."""
+        ...
+
+    def read(
+        self, storage: Storage, layer: int, block_row: Any, start: int, stop: int
+    ) -> tuple[Any, Any]:
+        """K and V of tokens [start, stop) of the sequence behind block_row, decoded to float32."""
+        ...
+
+    def append_kv(
+        self, k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, layout: str
+    ) -> None:
+        """See kvcore.ops.append_kv."""
+        ...
+
+    def paged_attention(
+        self,
+        q: Any,
+        k_blocks: Any,
+        v_blocks: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        query_starts: Any,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+    ) -> Any:
+        """See kvcore.ops.paged_attention."""
+        ...
+
+    def merge_states(self, outs: Any, lses: Any) -> tuple[Any, Any]:
+        """See kvcore.ops.merge_states."""
+        ...
+
+    def quantize(self, x: Any, format: str) -> Any:
+        """See kvcore.ops.quantize."""
+        ...
+
+    def dequantize(self, code: Any, format: str) -> Any:
+        """See kvcore.ops.dequantize."""
+        ...
+
+
+_MODULES = {"cpu": "kvcore.cpu_backend", "cuda": "kvcore_gpu.backend"}
+_loaded: dict[str, Backend] = {}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called "cpu" or "cuda", loaded on first use.
+
+    Raises:
+        InvalidArgument: there is no backend of this name.
+        BackendUnavailable: it cannot be used here; the message says why.
+    """
+    if name not in _MODULES:
+        raise InvalidArgument(f"backend: expected one of {', '.join(_MODULES)}, got {name!r}")
+    if name not in _loaded:
+        try:
+            module = importlib.import_module(_MODULES[name])
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("kvcore_gpu"):
+                raise
+            raise BackendUnavailable(
+                f"backend {name!r}: this version of kvcore comes without it"
+            ) from None
+        _loaded[name] = module.create_backend()
+    return _loaded[name]
+
+
+def known_backends() -> tuple[str, ...]:
+    """Names that `get_backend` accepts, whether or not they can be used here."""
+    return tuple(_MODULES)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can be used here; never raises."""
+    names = []
+    for name in _MODULES:
+        try:
+            get_backend(name)
+        except BackendUnavailable:
+            continue
+        names.append(name)
+    return tuple(names)

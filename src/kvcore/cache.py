@@ -1,0 +1,315 @@
+"""KVCache: blocks, sequences and steps over one backend."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvcore import arrays, checks
+from kvcore._native.blocks import ControlPlane
+from kvcore.backend import get_backend
+from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType, SequenceBusy
+from kvcore.sequence import Sequence
+from kvcore.spec import CacheSpec
+from kvcore.step import Step
+from kvcore.units import format_bytes, parse_bytes
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """One group's blocks: in_use + cached + free = total.
+
+    Attributes:
+        total, in_use, cached, free: blocks now. Cached ones hold prefixes that no sequence uses.
+        allocations: blocks handed out so far.
+        evictions: cached blocks given up for new ones.
+        copies: blocks copied on write.
+    """
+
+    total: int
+    in_use: int
+    cached: int
+    free: int
+    allocations: int
+    evictions: int
+    copies: int
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds and has done. Block counts are sums over the groups.
+
+    Attributes:
+        groups: each group's own counts.
+        bytes: bytes of storage, allocated when the cache was made.
+        num_sequences: live sequences.
+        open_steps: steps begun and not closed.
+        prefix_queries: sequences made with tokens to look up.
+        prefix_hits: those of them that found a cached prefix.
+        prefix_hit_tokens: tokens that were adopted instead of computed.
+    """
+
+    groups: tuple[GroupStats, ...]
+    bytes: int
+    num_sequences: int
+    open_steps: int
+    prefix_queries: int
+    prefix_hits: int
+    prefix_hit_tokens: int
+
+    @property
+    def total(self) -> int:
+        return sum(group.total for group in self.groups)
+
+    @property
+    def in_use(self) -> int:
+        return sum(group.in_use for group in self.groups)
+
+    @property
+    def cached(self) -> int:
+        return sum(group.cached for group in self.groups)
+
+    @property
+    def free(self) -> int:
+        return sum(group.free for group in self.groups)
+
+    @property
+    def allocations(self) -> int:
+        return sum(group.allocations for group in self.groups)
+
+    @property
+    def evictions(self) -> int:
+        return sum(group.evictions for group in self.groups)
+
+    @property
+    def copies(self) -> int:
+        return sum(group.copies for group in self.groups)
+
+
+class KVCache:
+    """A paged, shareable key/value cache.
+
+    Args:
+        spec: layers, groups and formats.
+        num_blocks: blocks of each group, one number or one a group.
+        memory: instead of num_blocks, bytes of storage: a number, a text like "2GiB", or "auto"
+            for half of the memory that is available.
+        backend: "cpu" or "cuda".
+        device: the CUDA device's number; None for the CPU.
+
+    Raises:
+        InvalidArgument, InvalidType: naming the argument.
+        BackendUnavailable: the backend cannot be used here.
+        MemoryError: the system gave no memory.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        num_blocks: int | Iterable[int] | None = None,
+        *,
+        memory: int | str | None = None,
+        backend: str = "cpu",
+        device: int | None = None,
+    ) -> None:
+        if not isinstance(spec, CacheSpec):
+            raise InvalidType(f"spec: expected a CacheSpec, got {type(spec).__name__}")
+        self.spec = spec
+        self.backend = get_backend(backend)
+        self.num_blocks = _count_blocks(spec, num_blocks, memory)
+        self._dropped: collections.deque[int] = collections.deque()
+        self._salts: dict[str | bytes, int] = {}
+        self._control = ControlPlane(
+            [
+                (group.block_size, n)
+                for group, n in zip(spec.groups, self.num_blocks, strict=True)
+            ],
+            [(layer.group, layer.kv_source) for layer in spec.layers],
+        )
+        self._storage = self.backend.allocate(spec, self.num_blocks, device)
+
+    def __repr__(self) -> str:
+        stats, spec = self.stats(), self.spec
+        formats = dict.fromkeys(f"{layer.k_format}/{layer.v_format}" for layer in spec.layers)
+        sizes = " + ".join(
+            f"{n} blocks of {group.block_size}"
+            for group, n in zip(spec.groups, self.num_blocks, strict=True)
+        )
+        return (
+            f"KVCache({self.backend.name}, {spec.num_layers} layers {', '.join(formats)}, {sizes}, "
+            f"{format_bytes(stats.bytes)}: {stats.in_use} in use, {stats.cached} cached, "
+            f"{stats.free} free, {stats.num_sequences} sequences)"
+        )
+
+    def sequence(self, tokens: Any | None = None, *, salt: str | bytes | None = None) -> Sequence:
+        """An empty sequence, or one that starts with what the cache already holds of `tokens`.
+
+        With `tokens`, the longest cached prefix is adopted, in whole blocks and without the last
+        token (its output is still to be computed); len() of the sequence tells how many tokens
+        that is. Blocks become findable when a step that was given token ids commits them. A hit
+        compares every token, and only sequences of the same salt see each other's blocks.
+
+        Args:
+            tokens: int token ids [n] of the prompt.
+            salt: keeps tenants apart.
+        """
+        self._drain()
+        number = self._salt_number(salt)
+        if tokens is None:
+            ids = np.empty(0, np.int32)
+        else:
+            ids = arrays.as_token_ids(tokens, "tokens")
+        if tokens is None and number == 0:
+            return self._new_sequence(self._control.create())
+        return self._new_sequence(self._control.create_cached(ids, number))
+
+    def step(self, entries: Iterable[tuple[Sequence, Any]]) -> Step:
+        """Opens a step: reserves slots for new tokens of some sequences, or changes nothing.
+
+        Args:
+            entries: (sequence, n) or (sequence, token ids) each. With ids, the blocks that the
+                step fills become reusable as prefixes.
+
+        Raises:
+            OutOfBlocks: too few blocks are free or cached.
+            SequenceBusy: a sequence is in an open step.
+            SequenceFreed, ForeignSequence: a sequence is not one of this cache's live ones.
+            InvalidArgument, InvalidType: naming the argument.
+        """
+        self._drain()
+        sequences, handles, counts, tokens = [], [], [], []
+        for i, (sequence, new) in enumerate(_pairs(entries)):
+            handles.append(self._handle_of(sequence, f"entries[{i}]"))
+            count, ids = _new_tokens(new, f"entries[{i}]")
+            sequences.append(sequence)
+            counts.append(count)
+            tokens.append(ids)
+        _check_entries(handles)
+        native = self._control.begin(handles, counts, tokens)
+        step = Step(self, tuple(sequences), native)
+        try:
+            for group in range(len(self.spec.groups)):
+                if step.plan(group).num_copies:
+                    self.backend.copy_blocks(self._storage, group, step.plan(group))
+        except BaseException:
+            step.rollback()
+            raise
+        return step
+
+    def stats(self) -> CacheStats:
+        """Blocks by state, bytes, prefix hits, evictions and copies."""
+        self._drain()
+        groups = tuple(
+            GroupStats(**_without_size(self._control.group_stats(group)))
+            for group in range(len(self.spec.groups))
+        )
+        counts = _without_size(self._control.stats())
+        return CacheStats(groups=groups, bytes=self._storage.nbytes, **counts)
+
+    def check(self) -> None:
+        """Recounts the books from the sequences up.
+
+        Raises:
+            CacheCorrupt: they do not balance.
+        """
+        self._drain()
+        self._control.check()
+
+    def drop_prefixes(self) -> None:
+        """Forgets the cached prefixes that no sequence holds, so that their blocks are free."""
+        self._drain()
+        self._control.drop_prefixes()
+
+    def _new_sequence(self, handle: int) -> Sequence:
+        return Sequence(self, handle)
+
+    def _handle_of(self, sequence: Any, argument: str) -> int:
+        if not isinstance(sequence, Sequence):
+            raise InvalidType(f"{argument}: expected a Sequence, got {type(sequence).__name__}")
+        if sequence.cache is not self:
+            raise ForeignSequence(f"{argument}: expected a sequence of this cache")
+        return sequence._live()
+
+    def _read(self, sequence: Sequence, layer: int) -> tuple[Any, Any]:
+        self._drain()
+        spec = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)]
+        # A fork holds the blocks while they are read, and refuses a sequence in an open step.
+        held = self._control.fork(self._handle_of(sequence, "sequence"), -1)
+        try:
+            row = self._control.blocks(held, spec.group)
+            length = self._control.length(held)
+            return self.backend.read(self._storage, layer, row, 0, length)
+        finally:
+            self._control.free(held)
+
+    def _salt_number(self, salt: str | bytes | None) -> int:
+        if salt is None:
+            return 0
+        if not isinstance(salt, str | bytes):
+            raise InvalidType(f"salt: expected str, bytes or None, got {type(salt).__name__}")
+        # Numbered rather than hashed: two salts can never be taken for one another.
+        return self._salts.setdefault(salt, len(self._salts) + 1)
+
+    def _drain(self) -> None:
+        """Frees sequences that were dropped without `free`."""
+        for _ in range(len(self._dropped)):
+            handle = self._dropped.popleft()
+            try:
+                self._control.free(handle)
+            except SequenceBusy:
+                self._dropped.append(handle)  # its step is open still
+
+
+def _count_blocks(
+    spec: CacheSpec, num_blocks: int | Iterable[int] | None, memory: int | str | None
+) -> tuple[int, ...]:
+    if (num_blocks is None) == (memory is None):
+        raise InvalidArgument(
+            "num_blocks, memory: expected exactly one of them, got "
+            + ("neither" if memory is None else "both")
+        )
+    if memory is not None:
+        return spec.blocks_in(parse_bytes(memory))
+    if isinstance(num_blocks, Iterable):
+        num_blocks = tuple(num_blocks)
+    assert num_blocks is not None
+    return spec.blocks_per_group(num_blocks)
+
+
+def _pairs(entries: Any) -> list[tuple[Any, Any]]:
+    try:
+        pairs = [(sequence, new) for sequence, new in entries]
+    except (TypeError, ValueError):
+        raise InvalidType(
+            "entries: expected (sequence, number of new tokens or token ids) pairs"
+        ) from None
+    if not pairs:
+        raise InvalidArgument("entries: expected at least one (sequence, tokens), got none")
+    return pairs
+
+
+def _new_tokens(new: Any, argument: str) -> tuple[int, np.ndarray | None]:
+    if hasattr(new, "__index__") and not isinstance(new, np.ndarray):
+        return checks.integer(new, argument, 1, 2**31 - 1), None
+    ids = arrays.as_token_ids(new, argument)
+    if not ids.size:
+        raise InvalidArgument(f"{argument}: expected at least one token id, got none")
+    return ids.size, ids
+
+
+def _check_entries(handles: list[int]) -> None:
+    seen: dict[int, int] = {}
+    for i, handle in enumerate(handles):
+        first = seen.setdefault(handle, i)
+        if first != i:
+            raise InvalidArgument(
+                f"entries: expected each sequence once, but entries {first} and {i} are the same"
+            )
+
+
+def _without_size(stats: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in stats.items() if name != "struct_size"}

@@ -1,0 +1,263 @@
+/* The operations on sequences that the door offers. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "cache.h"
+
+static void release_columns(kv_cache *cache, kv_sequence_state *state, int32_t length) {
+    for (int32_t g = 0; g < cache->num_groups; g++) {
+        kv_block_row *row = &state->rows[g];
+        const int32_t kept = kv_columns(length, cache->pools[g].block_size);
+        /* Backwards: a prefix is only found from its start, so its end is to be evicted first. */
+        while (row->count > kept) {
+            kv_pool_release(&cache->pools[g], row->blocks[--row->count]);
+        }
+    }
+}
+
+kv_status kv_sequence_create(kv_cache *cache, kv_sequence *out) {
+    if (!cache || !out) {
+        return KV_ERR_NULL;
+    }
+    int32_t place;
+    kv_cache_lock(cache);
+    const kv_status status = kv_sequences_add(&cache->sequences, &place);
+    if (status == KV_OK) {
+        *out = kv_sequences_handle(&cache->sequences, place);
+    }
+    kv_cache_unlock(cache);
+    return status;
+}
+
+static kv_status reserve_rows(kv_cache *cache, kv_sequence_state *state, int32_t length) {
+    for (int32_t g = 0; g < cache->num_groups; g++) {
+        const int32_t columns = kv_columns(length, cache->pools[g].block_size);
+        const kv_status status = kv_row_reserve(&state->rows[g], columns);
+        if (status != KV_OK) {
+            return status;
+        }
+    }
+    return KV_OK;
+}
+
+static void adopt_span(kv_cache *cache, kv_sequence_state *state) {
+    const int32_t span = cache->prefixes.span;
+    for (int32_t g = 0; g < cache->num_groups; g++) {
+        kv_block_row *row = &state->rows[g];
+        const kv_block_handle *blocks =
+            kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
+        for (int32_t i = 0; i < span / cache->pools[g].block_size; i++) {
+            kv_pool_retain(&cache->pools[g], blocks[i].block);
+            row->blocks[row->count++] = blocks[i].block;
+        }
+    }
+    state->num_published++;
+    state->length += span;
+}
+
+static kv_status adopt_prefix(kv_cache *cache, kv_sequence_state *state, const int32_t *tokens,
+                              int32_t num_tokens, uint64_t salt) {
+    const kv_prefix_index *prefixes = &cache->prefixes;
+    const int32_t span = prefixes->span;
+    /* The last token is left out: its logits are still to be computed. */
+    const int32_t max_spans = num_tokens > 0 ? (num_tokens - 1) / span : 0;
+    state->cursor = kv_prefix_root(salt);
+    kv_prefix_cursor cursor = state->cursor;
+    int32_t matched = 0;
+    while (matched < max_spans &&
+           kv_prefix_advance(prefixes, &cursor, tokens + (size_t)matched * (size_t)span)) {
+        matched++;
+    }
+    kv_status status = reserve_rows(cache, state, matched * span);
+    if (status == KV_OK) {
+        status = kv_tokens_reserve(state, matched * span);
+    }
+    if (status != KV_OK) {
+        return status;
+    }
+    for (int32_t i = 0; i < matched; i++) {
+        kv_prefix_advance(prefixes, &state->cursor, tokens + (size_t)i * (size_t)span);
+        adopt_span(cache, state);
+    }
+    if (state->length > 0) {
+        memcpy(state->tokens, tokens, (size_t)state->length * sizeof *tokens);
+    }
+    state->num_known = state->length;
+    cache->prefix_queries++;
+    cache->prefix_hits += matched > 0;
+    cache->prefix_hit_tokens += state->length;
+    return KV_OK;
+}
+
+kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *tokens, int32_t num_tokens,
+                                    uint64_t salt, kv_sequence *out) {
+    if (!cache || !out || (!tokens && num_tokens > 0)) {
+        return KV_ERR_NULL;
+    }
+    if (num_tokens < 0) {
+        return KV_ERR_VALUE;
+    }
+    int32_t place;
+    kv_cache_lock(cache);
+    kv_status status = kv_sequences_add(&cache->sequences, &place);
+    if (status == KV_OK) {
+        status = adopt_prefix(cache, &cache->sequences.states[place], tokens, num_tokens, salt);
+        if (status == KV_OK) {
+            *out = kv_sequences_handle(&cache->sequences, place);
+        } else {
+            kv_sequences_remove(&cache->sequences, place);
+        }
+    }
+    kv_cache_unlock(cache);
+    return status;
+}
+
+static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_sequence_state *to,
+                          int32_t length) {
+    for (int32_t g = 0; g < cache->num_groups; g++) {
+        const int32_t columns = kv_columns(length, cache->pools[g].block_size);
+        for (int32_t i = 0; i < columns; i++) {
+            to->rows[g].blocks[i] = from->rows[g].blocks[i];
+            kv_pool_retain(&cache->pools[g], to->rows[g].blocks[i]);
+        }
+        to->rows[g].count = columns;
+    }
+}
+
+static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length,
+                            kv_sequence *out) {
+    kv_sequence_state *from;
+    kv_status status = kv_cache_find_idle(cache, source, &from);
+    if (status != KV_OK) {
+        return status;
+    }
+    length = length == -1 ? from->length : length;
+    if (length < 0 || length > from->length) {
+        return KV_ERR_RANGE;
+    }
+    int32_t from_place, place;
+    kv_sequences_find(&cache->sequences, source, &from_place);
+    status = kv_sequences_add(&cache->sequences, &place);
+    if (status != KV_OK) {
+        return status;
+    }
+    from = &cache->sequences.states[from_place]; /* adding may have moved the states */
+    kv_sequence_state *to = &cache->sequences.states[place];
+    const int32_t known = from->num_known < length ? from->num_known : length;
+    status = reserve_rows(cache, to, length);
+    if (status == KV_OK) {
+        status = kv_tokens_reserve(to, known);
+    }
+    if (status != KV_OK) {
+        kv_sequences_remove(&cache->sequences, place);
+        return status;
+    }
+    share_columns(cache, from, to, length);
+    if (known > 0) {
+        memcpy(to->tokens, from->tokens, (size_t)known * sizeof *to->tokens);
+    }
+    to->length = length;
+    to->num_known = known;
+    to->cursor = kv_prefix_root(from->cursor.salt); /* publishing leads it to where it belongs */
+    *out = kv_sequences_handle(&cache->sequences, place);
+    return KV_OK;
+}
+
+kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
+                           kv_sequence *out) {
+    if (!cache || !out) {
+        return KV_ERR_NULL;
+    }
+    kv_cache_lock(cache);
+    const kv_status status = fork_state(cache, source, length, out);
+    kv_cache_unlock(cache);
+    return status;
+}
+
+static kv_status truncate_state(kv_cache *cache, kv_sequence_state *state, int32_t length) {
+    if (length < 0 || length > state->length) {
+        return KV_ERR_RANGE;
+    }
+    release_columns(cache, state, length);
+    state->length = length;
+    state->num_known = state->num_known < length ? state->num_known : length;
+    if ((int64_t)state->num_published * cache->prefixes.span > length) {
+        state->cursor = kv_prefix_root(state->cursor.salt);
+        state->num_published = 0;
+    }
+    return KV_OK;
+}
+
+kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length) {
+    if (!cache) {
+        return KV_ERR_NULL;
+    }
+    kv_sequence_state *state;
+    kv_cache_lock(cache);
+    kv_status status = kv_cache_find_idle(cache, sequence, &state);
+    if (status == KV_OK) {
+        status = truncate_state(cache, state, length);
+    }
+    kv_cache_unlock(cache);
+    return status;
+}
+
+kv_status kv_sequence_free(kv_cache *cache, kv_sequence sequence) {
+    if (!cache) {
+        return KV_ERR_NULL;
+    }
+    kv_sequence_state *state;
+    kv_cache_lock(cache);
+    const kv_status status = kv_cache_find_idle(cache, sequence, &state);
+    if (status == KV_OK) {
+        release_columns(cache, state, 0);
+        kv_sequences_remove(&cache->sequences, (int32_t)(state - cache->sequences.states));
+    }
+    kv_cache_unlock(cache);
+    return status;
+}
+
+kv_status kv_sequence_length(const kv_cache *cache, kv_sequence sequence, int32_t *out) {
+    if (!cache || !out) {
+        return KV_ERR_NULL;
+    }
+    int32_t place;
+    kv_cache_lock(cache);
+    const kv_status status = kv_sequences_find(&cache->sequences, sequence, &place);
+    if (status == KV_OK) {
+        *out = cache->sequences.states[place].length;
+    }
+    kv_cache_unlock(cache);
+    return status;
+}
+
+static kv_status list_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
+                             int32_t *out, int32_t capacity, int32_t *count) {
+    int32_t place;
+    const kv_status status = kv_sequences_find(&cache->sequences, sequence, &place);
+    if (status != KV_OK) {
+        return status;
+    }
+    const kv_sequence_state *state = &cache->sequences.states[place];
+    /* In an open step the row already has the step's blocks: only the committed ones are told. */
+    *count = kv_columns(state->length, cache->pools[group].block_size);
+    const int32_t written = *count < capacity ? *count : capacity;
+    if (written > 0) {
+        memcpy(out, state->rows[group].blocks, (size_t)written * sizeof *out);
+    }
+    return KV_OK;
+}
+
+kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
+                             int32_t *out, int32_t capacity, int32_t *count) {
+    if (!cache || !count || (!out && capacity > 0)) {
+        return KV_ERR_NULL;
+    }
+    if (group < 0 || group >= cache->num_groups || capacity < 0) {
+        return KV_ERR_RANGE;
+    }
+    kv_cache_lock(cache);
+    const kv_status status = list_blocks(cache, sequence, group, out, capacity, count);
+    kv_cache_unlock(cache);
+    return status;
+}

@@ -1,0 +1,321 @@
+"""The CPU backend: the Backend protocol over the Cython extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvcore import arrays, checks
+from kvcore._native import attention, quant
+from kvcore._native.blocks import Blocks, Memory, Plan
+from kvcore.backend import AttendOptions
+from kvcore.errors import InvalidArgument, InvalidType
+from kvcore.formats import FORMATS, Format, get_format
+from kvcore.spec import CacheSpec
+
+
+class CpuStorage:
+    """K and V of every layer that owns storage, each [N, H, B, D]."""
+
+    def __init__(self, spec: CacheSpec, num_blocks: Sequence[int]) -> None:
+        owned: dict[int, tuple[Blocks, Blocks]] = {}
+        self.group_blocks: list[list[Blocks]] = [[] for _ in spec.groups]
+        self.nbytes = 0
+        for i, layer in enumerate(spec.layers):
+            if layer.kv_source != i:
+                continue
+            count, block_size = num_blocks[layer.group], spec.groups[layer.group].block_size
+            k_format, v_format = layer.formats
+            pair = (
+                _allocate(k_format, (count, layer.num_kv_heads, block_size, layer.head_dim)),
+                _allocate(v_format, (count, layer.num_kv_heads, block_size, layer.head_dim_v)),
+            )
+            owned[i] = pair
+            self.group_blocks[layer.group] += pair
+            self.nbytes += pair[0].nbytes + pair[1].nbytes
+        self.layers = [owned[layer.kv_source] for layer in spec.layers]
+
+
+def _allocate(format: Format, shape: tuple[int, int, int, int]) -> Blocks:
+    count = shape[0] * shape[1] * shape[2]
+    memory = Memory(count * format.row_nbytes(shape[3]))
+    return Blocks(np.frombuffer(memory, format.storage_dtype).reshape(shape), format.index)
+
+
+class CpuBackend:
+    """Attention on the CPU through the C core; its arrays are NumPy's."""
+
+    name = "cpu"
+
+    def allocate(
+        self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None
+    ) -> CpuStorage:
+        if device is not None:
+            raise InvalidArgument(f'device: expected None for backend "cpu", got {device!r}')
+        return CpuStorage(spec, num_blocks)
+
+    def append(
+        self, storage: CpuStorage, layer: int, plan: Plan, k: Any, v: Any, layout: str
+    ) -> None:
+        k_blocks, v_blocks = storage.layers[layer]
+        number = arrays.layout_number(layout)
+        k_rows, k_dtype = _rows_for(k, "k", layout, plan, k_blocks)
+        v_rows, v_dtype = _rows_for(v, "v", layout, plan, v_blocks)
+        attention.append(plan, k_rows, k_dtype, number, k_blocks)
+        attention.append(plan, v_rows, v_dtype, number, v_blocks)
+
+    def attend(
+        self,
+        storage: CpuStorage,
+        layer: int,
+        plan: Plan,
+        q: Any,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+        out: Any | None,
+    ) -> Any:
+        k_blocks, v_blocks = storage.layers[layer]
+        return _attend(plan, q, k_blocks, v_blocks, layout, options, return_lse, out)
+
+    def copy_blocks(self, storage: CpuStorage, group: int, plan: Plan) -> None:
+        for blocks in storage.group_blocks[group]:
+            attention.copy_blocks(plan, blocks)
+
+    def read(
+        self, storage: CpuStorage, layer: int, block_row: np.ndarray, start: int, stop: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        k_blocks, v_blocks = storage.layers[layer]
+        return (
+            attention.read(k_blocks, block_row, start, stop),
+            attention.read(v_blocks, block_row, start, stop),
+        )
+
+    def append_kv(
+        self, k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, layout: str
+    ) -> None:
+        k_view = _user_blocks(k_blocks, "k_blocks", layout, writable=True)
+        v_view = _user_blocks(v_blocks, "v_blocks", layout, writable=True)
+        _check_pair(k_view, v_view)
+        row = arrays.as_index(slots, "slots", 1)
+        block_size = k_view.block_size
+        limit = k_view.array.shape[0] * block_size
+        if row.size and (row.min() < -1 or row.max() >= limit):
+            raise InvalidArgument(
+                f"slots: expected -1 (skip) to {limit - 1}, got {row.min()} to {row.max()}"
+            )
+        if not row.size:
+            raise InvalidArgument("slots: expected at least one, got none")
+        plan = Plan.from_slots(row, block_size)
+        k_rows, k_dtype = _rows_for(k, "k", "NHD", plan, k_view)
+        v_rows, v_dtype = _rows_for(v, "v", "NHD", plan, v_view)
+        attention.append(plan, k_rows, k_dtype, 0, k_view)
+        attention.append(plan, v_rows, v_dtype, 0, v_view)
+
+    def paged_attention(
+        self,
+        q: Any,
+        k_blocks: Any,
+        v_blocks: Any,
+        block_tables: Any,
+        seq_lens: Any,
+        query_starts: Any,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+    ) -> Any:
+        k_view = _user_blocks(k_blocks, "k_blocks", layout)
+        v_view = _user_blocks(v_blocks, "v_blocks", layout)
+        _check_pair(k_view, v_view)
+        plan = _user_plan(block_tables, seq_lens, query_starts, k_view)
+        return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
+
+    def merge_states(self, outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
+        parts = np.ascontiguousarray(arrays.as_array(outs, "outs"), dtype=np.float32)
+        part_lses = np.ascontiguousarray(arrays.as_array(lses, "lses"), dtype=np.float32)
+        if parts.ndim < 3 or parts.shape[0] < 1:
+            raise InvalidArgument(
+                f"outs: expected shape [P, ..., D] with P >= 1, got {list(parts.shape)}"
+            )
+        checks.shape(part_lses.shape, parts.shape[:-1], "lses", "outs.shape[:-1]")
+        out, lse = np.empty(parts.shape[1:], np.float32), np.empty(lses.shape[1:], np.float32)
+        if lse.size:
+            flat = parts.reshape(parts.shape[0], -1, parts.shape[-1])
+            attention.merge_states(flat, part_lses.reshape(len(flat), -1), out, lse)
+        return out, lse
+
+    def quantize(self, x: Any, format: str) -> np.ndarray:
+        target = get_format(format)
+        rows = np.ascontiguousarray(arrays.as_array(x, "x"))
+        number = arrays.dtype_number(rows, "x")
+        if rows.ndim < 1 or rows.shape[-1] % 8:
+            raise InvalidArgument(
+                f"x: expected a last axis that is a multiple of 8, got shape {list(rows.shape)}"
+            )
+        code = np.empty(rows.shape, target.storage_dtype)
+        if rows.size:
+            quant.quantize(rows.reshape(-1, rows.shape[-1]), number, target.index, code)
+        return code
+
+    def dequantize(self, code: Any, format: str) -> np.ndarray:
+        source = get_format(format)
+        codes = _storage_view(arrays.as_array(code, "code"), source, "code")
+        codes = np.ascontiguousarray(codes)
+        rows = np.empty(codes.shape, np.float32)
+        if rows.size:
+            flat = rows.reshape(-1, rows.shape[-1])
+            quant.dequantize(codes, source.index, arrays.F32, flat)
+        return rows
+
+
+def create_backend() -> CpuBackend:
+    return CpuBackend()
+
+
+def _rows_for(
+    value: Any, argument: str, layout: str, plan: Plan, blocks: Blocks
+) -> tuple[np.ndarray, int]:
+    """K or V as the user gave it, checked against the plan and the blocks it goes to."""
+    array, dtype = arrays.as_rows(value, argument)
+    arrays.check_rows(
+        array,
+        argument,
+        layout,
+        num_tokens=plan.num_tokens,
+        num_sequences=plan.num_sequences,
+        max_new=plan.max_new,
+        num_heads=blocks.num_heads,
+        head_dim=blocks.head_dim,
+    )
+    return array, dtype
+
+
+def _attend(
+    plan: Plan,
+    q: Any,
+    k_blocks: Blocks,
+    v_blocks: Blocks,
+    layout: str,
+    options: AttendOptions,
+    return_lse: bool,
+    out: Any | None,
+) -> Any:
+    number = arrays.layout_number(layout)
+    rows, dtype = arrays.as_rows(q, "q")
+    arrays.check_rows(
+        rows,
+        "q",
+        layout,
+        num_tokens=plan.num_tokens,
+        num_sequences=plan.num_sequences,
+        max_new=plan.max_new,
+        num_heads=None,
+        head_dim=k_blocks.head_dim,
+    )
+    num_heads = rows.shape[layout.index("H")]
+    if num_heads == 0 or num_heads % k_blocks.num_heads:
+        raise InvalidArgument(
+            f"q: expected a multiple of {k_blocks.num_heads} heads, got {num_heads}"
+        )
+    shape = (*rows.shape[:-1], v_blocks.head_dim)
+    target = np.empty(shape, rows.dtype) if out is None else _check_out(out, shape, rows.dtype)
+    lse = np.empty((plan.num_tokens, num_heads), np.float32) if return_lse else None
+    scale = options.scale_for(k_blocks.head_dim)
+    attention.attend(
+        plan, rows, dtype, k_blocks, v_blocks, target, number, scale, options.exact, lse
+    )
+    return (target, lse) if return_lse else target
+
+
+def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if not isinstance(out, np.ndarray) or out.dtype != dtype:
+        came = out.dtype.name if isinstance(out, np.ndarray) else type(out).__name__
+        raise InvalidType(f"out: expected a {dtype.name} NumPy array like q, got {came}")
+    checks.shape(out.shape, shape, "out", "q's with head_dim_v")
+    if not out.flags.writeable or not arrays.is_readable(out):
+        raise InvalidArgument("out: expected a writable array whose last axis is dense")
+    return out
+
+
+def _storage_view(array: np.ndarray, format: Format, argument: str) -> np.ndarray:
+    """An array of a format's storage dtype; bfloat16 arrays are seen as their bits."""
+    if array.dtype.name == "bfloat16":
+        array = array.view(np.uint16)
+    if array.dtype != format.storage_dtype:
+        raise InvalidType(
+            f"{argument}: expected {format.storage_dtype.name} for {format.name}, "
+            f"got {array.dtype.name}"
+        )
+    return array
+
+
+_BLOCK_FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint16": "bf16"}
+_BLOCK_LAYOUTS = {"HND": "[N, H, B, D]", "NHD": "[N, B, H, D]"}
+
+
+def _user_blocks(value: Any, argument: str, layout: str, *, writable: bool = False) -> Blocks:
+    """A caller's [N, H, B, D] or [N, B, H, D] array as blocks of the format its dtype names."""
+    array = arrays.as_array(value, argument)
+    name = _BLOCK_FORMATS.get(array.dtype.name)
+    if name is None:
+        raise InvalidType(
+            f"{argument}: expected float32, float16 or bfloat16 (or its bits as uint16), "
+            f"got {array.dtype.name}"
+        )
+    axes = _BLOCK_LAYOUTS.get(layout)
+    if axes is None:
+        raise InvalidArgument(f'layout: expected "HND" or "NHD", got {layout!r}')
+    if array.ndim != 4 or 0 in array.shape:
+        raise InvalidArgument(f"{argument}: expected shape {axes}, got {list(array.shape)}")
+    if writable and not array.flags.writeable:
+        raise InvalidArgument(f"{argument}: expected a writable array")
+    if not arrays.is_readable(array):
+        raise InvalidArgument(
+            f"{argument}: expected a dense last axis, got strides {array.strides}"
+        )
+    view = _storage_view(array, FORMATS[name], argument)
+    return Blocks(view, FORMATS[name].index, layout == "NHD")
+
+
+def _check_pair(k_blocks: Blocks, v_blocks: Blocks) -> None:
+    checks.shape(
+        v_blocks.array.shape[:3], k_blocks.array.shape[:3], "v_blocks", "k_blocks.shape[:3]"
+    )
+    block_size = k_blocks.block_size
+    if block_size < 16 or block_size & (block_size - 1):
+        raise InvalidArgument(
+            f"k_blocks: expected a block size that is a power of two >= 16, got {block_size}"
+        )
+
+
+def _user_plan(block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Blocks) -> Plan:
+    """The plan that a caller's own books describe, checked so that no read leaves the blocks."""
+    tables = arrays.as_index(block_tables, "block_tables", 2)
+    lens = arrays.as_index(seq_lens, "seq_lens", 1)
+    starts = arrays.as_index(query_starts, "query_starts", 1)
+    count = lens.shape[0]
+    if count < 1:
+        raise InvalidArgument("seq_lens: expected at least one sequence, got none")
+    checks.shape(tables.shape[:1], (count,), "block_tables", "[S, W], of which [S]")
+    checks.shape(starts.shape, (count + 1,), "query_starts", "[S + 1]")
+    new = np.diff(starts)
+    if starts[0] != 0 or (new < 0).any() or starts[-1] < 1:
+        raise InvalidArgument(
+            f"query_starts: expected 0 first, never falling and at least 1 last, got {starts}"
+        )
+    block_size, num_blocks = blocks.block_size, blocks.array.shape[0]
+    if (lens < new).any() or lens.max() > tables.shape[1] * block_size:
+        raise InvalidArgument(
+            f"seq_lens: expected from the number of new tokens to {tables.shape[1]} blocks of "
+            f"{block_size}, got {lens}"
+        )
+    columns = -(-lens // block_size)
+    used = tables[np.arange(tables.shape[1]) < columns[:, None]]
+    if used.size and (used.min() < 0 or used.max() >= num_blocks):
+        raise InvalidArgument(
+            f"block_tables: expected blocks 0 to {num_blocks - 1} in the columns that seq_lens "
+            f"covers, got {used.min()} to {used.max()}"
+        )
+    return Plan.from_tables(tables, lens, starts, block_size)

@@ -1,0 +1,53 @@
+"""What the core runs on: threads and instruction sets."""
+
+from __future__ import annotations
+
+from kvcore import checks
+from kvcore._native import machine as _machine
+from kvcore.errors import InvalidArgument
+
+MAX_THREADS = 256
+
+
+def set_num_threads(count: int) -> None:
+    """Threads of every operation on the CPU, the caller included; 0 restores the default.
+
+    The default is what the process may use (affinity, cgroup quota), or KVCORE_NUM_THREADS where
+    that is lower. Results do not depend on the number.
+    """
+    _machine.set_num_threads(checks.integer(count, "count", 0, MAX_THREADS))
+
+
+def get_num_threads() -> int:
+    """Threads that operations on the CPU use."""
+    count: int = _machine.get_num_threads()
+    return count
+
+
+def get_isa() -> str:
+    """The instruction set that the kernels use: "scalar", "avx2", "avx512" or "neon"."""
+    name: str = _machine.get_isa()
+    return name
+
+
+def set_isa(name: str) -> None:
+    """Switches the kernels' instruction set, for tests and comparisons.
+
+    Call it while no operation runs. The variable KVCORE_ISA does the same at start-up.
+
+    Raises:
+        InvalidArgument: this build or CPU does not have it.
+    """
+    if name not in available_isas():
+        raise InvalidArgument(f"name: expected one of {', '.join(available_isas())}, got {name!r}")
+    _machine.set_isa(name)
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this build and CPU can run, best first."""
+    return tuple(_machine.available_isas())
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The CPU's features that kernels may use, as in "avx512_bf16"."""
+    return tuple(_machine.cpu_features())

@@ -1,0 +1,153 @@
+"""The cache's operations on plain arrays, for engines that keep their own books.
+
+Blocks are arrays [N, H, B, D] (layout="HND"), or [N, B, H, D] (layout="NHD"), of float32, float16
+or bfloat16; B is a power of two from 16. NumPy arrays run on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvcore import arrays, checks
+from kvcore._native import linear as _linear
+from kvcore.backend import AttendOptions, get_backend
+from kvcore.errors import InvalidArgument, InvalidType
+
+__all__ = [
+    "append_kv",
+    "dequantize",
+    "linear",
+    "merge_states",
+    "paged_attention",
+    "quantize",
+]
+
+
+def append_kv(
+    k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, *, layout: str = "HND"
+) -> None:
+    """Writes the rows of new tokens into their slots.
+
+    Args:
+        k: [T, H, D], float32, float16 or bfloat16.
+        v: [T, H, Dv], likewise.
+        k_blocks, v_blocks: the blocks, changed in place.
+        slots: int32 [T], block * B + offset of each token; -1 skips the token.
+        layout: of the blocks.
+
+    Raises:
+        InvalidArgument, InvalidType: nothing has been written then.
+    """
+    get_backend("cpu").append_kv(k, v, k_blocks, v_blocks, slots, layout)
+
+
+def paged_attention(
+    q: Any,
+    k_blocks: Any,
+    v_blocks: Any,
+    block_tables: Any,
+    seq_lens: Any,
+    query_starts: Any,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    layout: str = "HND",
+    exact: bool = False,
+) -> Any:
+    """Causal attention over paged keys and values, bottom-right aligned.
+
+    Args:
+        q: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of H.
+        k_blocks, v_blocks: the blocks.
+        block_tables: int32 [S, W], each sequence's blocks in order; what lies beyond seq_lens is
+            not looked at.
+        seq_lens: int32 [S], tokens that each sequence has in the blocks, the new ones included.
+        query_starts: int32 [S + 1], where each sequence's new tokens start in q.
+        scale: s = (q . k) * scale; 1 / sqrt(D) when left out.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        layout: of the blocks.
+        exact: never take a path whose bits depend on how a prompt was chunked.
+
+    Returns:
+        out [T, Hq, Dv] in q's dtype, or (out, lse) with lse float32 [T, Hq]. A row that sees
+        nothing has out 0 and lse -inf.
+    """
+    options = AttendOptions(scale, exact)
+    return get_backend("cpu").paged_attention(
+        q,
+        k_blocks,
+        v_blocks,
+        block_tables,
+        seq_lens,
+        query_starts,
+        layout,
+        options,
+        return_lse,
+    )
+
+
+def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
+    """Joins attention over disjoint parts of the keys.
+
+    Args:
+        outs: float32 [P, ..., D], the output of each part.
+        lses: float32 [P, ...], its log-sum-exp (natural); -inf marks a part that saw nothing.
+
+    Returns:
+        out [..., D] and lse [...], what attention over all parts together gives.
+    """
+    return get_backend("cpu").merge_states(outs, lses)
+
+
+def quantize(x: Any, format: str) -> Any:
+    """Encodes rows [..., D] (float32, float16 or bfloat16) as `format` stores them.
+
+    bf16 comes back as the uint16 bits.
+    """
+    return get_backend("cpu").quantize(x, format)
+
+
+def dequantize(code: Any, format: str) -> Any:
+    """Decodes what `quantize` gave, as float32 [..., D]."""
+    return get_backend("cpu").dequantize(code, format)
+
+
+def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    """x @ w.T + bias for few rows: each weight is read once, whatever the number of rows.
+
+    A row's bits do not depend on the rows beside it or on the number of threads.
+
+    Args:
+        x: float32 [R, K]; made for R up to about 16.
+        w: float32 [N, K] with dense rows.
+        bias: float32 [N], or None.
+        out: float32 [R, N] with dense rows to write to, or None for a new array.
+
+    Returns:
+        [R, N].
+    """
+    rows, weights = _matrix(x, "x"), _matrix(w, "w")
+    count, inputs = rows.shape
+    checks.shape(weights.shape, (weights.shape[0], inputs), "w", "[N, K]")
+    target = np.empty((count, weights.shape[0]), np.float32) if out is None else out
+    if target is out:
+        checks.shape(out.shape, (count, weights.shape[0]), "out", "[R, N]")
+        if _matrix(out, "out") is not out or not out.flags.writeable:
+            raise InvalidArgument("out: expected a writable float32 array with dense rows")
+    if bias is not None:
+        bias = np.ascontiguousarray(bias, dtype=np.float32)
+        checks.shape(bias.shape, (weights.shape[0],), "bias", "[N]")
+    if count and weights.shape[0]:
+        _linear.linear(rows, weights, bias, target)
+    return target
+
+
+def _matrix(value: Any, argument: str) -> np.ndarray:
+    array = arrays.as_array(value, argument)
+    if array.dtype != np.float32:
+        raise InvalidType(f"{argument}: expected float32, got {array.dtype.name}")
+    if array.ndim != 2:
+        raise InvalidArgument(f"{argument}: expected 2 axes, got shape {list(array.shape)}")
+    return array if arrays.is_readable(array) else np.ascontiguousarray(array)

@@ -1,0 +1,189 @@
+"""Step: the transaction in which sequences grow."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcore import checks
+from kvcore.backend import AttendOptions
+from kvcore.errors import StepClosed, StepError, StepIncomplete
+
+if TYPE_CHECKING:
+    from kvcore._native.blocks import NativeStep, Plan
+    from kvcore.cache import KVCache
+    from kvcore.sequence import Sequence
+
+
+class Step:
+    """New tokens for some sequences of a cache, made by `KVCache.step`.
+
+    Slots for all of them are reserved. Each layer that owns storage is appended exactly once;
+    leaving the `with` block commits the new lengths, and an exception inside it rolls every
+    sequence back. A step belongs to one thread at a time.
+
+    Attributes:
+        cache: the cache.
+        sequences: the sequences, in the order in which their tokens stand in T.
+        query_starts: int32 [S + 1], where each sequence's new tokens start.
+        seq_lens: int32 [S], stored and new tokens.
+        num_tokens: T.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_native",
+        "_plans",
+        "cache",
+        "num_tokens",
+        "query_starts",
+        "seq_lens",
+        "sequences",
+    )
+
+    def __init__(
+        self, cache: KVCache, sequences: tuple[Sequence, ...], native: NativeStep
+    ) -> None:
+        self.cache = cache
+        self.sequences = sequences
+        self._native = native
+        self._plans = [native.plan(group) for group in range(len(cache.spec.groups))]
+        first = self._plans[0]
+        self.query_starts: np.ndarray = first.query_starts
+        self.seq_lens: np.ndarray = first.seq_lens
+        self.num_tokens: int = first.num_tokens
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self.is_open:
+            return
+        if kind is None:
+            self.commit()
+        else:
+            self.rollback()
+
+    def __repr__(self) -> str:
+        state = "open" if self.is_open else "closed"
+        return f"Step({len(self.sequences)} sequences, {self.num_tokens} tokens, {state})"
+
+    @property
+    def is_open(self) -> bool:
+        return self._native.is_open
+
+    def append(self, layer: int, k: Any, v: Any, *, layout: str = "NHD") -> None:
+        """Stores K and V of the new tokens.
+
+        Args:
+            layer: a layer that owns storage, not appended in this step before.
+            k: [T, H, D] with layout "NHD", [H, T, D] with "HND"; or padded to the longest,
+                [S, n, H, D] with "BSHD", [S, H, n, D] with "BHSD", of which a sequence's first
+                new tokens count. float32, float16 or bfloat16.
+            v: likewise, with head_dim_v.
+
+        Raises:
+            InvalidArgument, InvalidType: naming the argument; the layer can be appended again.
+            StepError: the layer was appended already, or reads another layer's cache.
+        """
+        plan = self._plan_of(layer)
+        self._native.check_append(layer)
+        cache = self.cache
+        cache.backend.append(cache._storage, layer, plan, k, v, layout)
+        self._native.mark_appended(layer)
+
+    def attend(
+        self,
+        layer: int,
+        q: Any,
+        *,
+        layout: str = "NHD",
+        scale: float | None = None,
+        return_lse: bool = False,
+        exact: bool = False,
+        out: Any | None = None,
+    ) -> Any:
+        """Causal attention of the new tokens over everything their sequences hold.
+
+        A sequence's last new token sees all of it, the one before it all but the last, and so on.
+
+        Args:
+            layer: a layer that was appended in this step, or that reads such a layer's cache.
+            q: [T, Hq, D] or as `layout` says (see `append`); Hq is a multiple of num_kv_heads.
+            scale: s = (q . k) * scale; 1 / sqrt(head_dim) when left out.
+            return_lse: also return the natural logarithm of the softmax's denominator.
+            exact: never take a path whose bits depend on how a prompt was chunked.
+            out: an array to write to, of q's dtype and shape but with head_dim_v.
+
+        Returns:
+            out in q's dtype and layout, zero in the padding; or (out, lse) with lse float32
+            [T, Hq], whatever the layout.
+
+        Raises:
+            InvalidArgument, InvalidType: naming the argument.
+            StepError: the layer was not appended yet.
+        """
+        plan = self._plan_of(layer)
+        self._native.check_attend(layer)
+        cache = self.cache
+        options = AttendOptions(scale, exact)
+        return cache.backend.attend(
+            cache._storage, layer, plan, q, layout, options, return_lse, out
+        )
+
+    def plan(self, group: int = 0) -> Plan:
+        """What the step means for a group: block tables, slots, copies. Valid until it closes."""
+        self._check_open()
+        return self._plans[checks.integer(group, "group", 0, len(self._plans) - 1)]
+
+    def commit(self) -> None:
+        """Makes the new lengths visible.
+
+        Raises:
+            StepIncomplete: a layer was not appended; the step has been rolled back.
+            StepClosed: it was committed or rolled back before.
+        """
+        self._check_open()
+        missing = self._missing_layers()
+        if missing:
+            self.rollback()
+            raise StepIncomplete(
+                f"expected every layer to be appended once, but layers {missing} were not; "
+                "the step was rolled back"
+            )
+        self._native.commit()
+
+    def rollback(self) -> None:
+        """Leaves every sequence as it was before the step.
+
+        Raises:
+            StepClosed: the step was committed or rolled back before.
+        """
+        self._check_open()
+        self._native.rollback()
+
+    def _missing_layers(self) -> list[int]:
+        missing = []
+        for layer, spec in enumerate(self.cache.spec.layers):
+            if spec.kv_source == layer:
+                try:
+                    self._native.check_attend(layer)
+                except StepError:
+                    missing.append(layer)
+        return missing
+
+    def _plan_of(self, layer: int) -> Plan:
+        self._check_open()
+        layers = self.cache.spec.layers
+        return self._plans[layers[checks.integer(layer, "layer", 0, len(layers) - 1)].group]
+
+    def _check_open(self) -> None:
+        if not self._native.is_open:
+            raise StepClosed("the step was committed or rolled back")
