@@ -256,12 +256,17 @@ class KVCache:
 
     def _drain(self) -> None:
         """Frees sequences that were dropped without `free`."""
-        for _ in range(len(self._dropped)):
-            handle = self._dropped.popleft()
+        busy = []
+        while self._dropped:
+            try:
+                handle = self._dropped.popleft()
+            except IndexError:
+                break  # another thread was faster
             try:
                 self._control.free(handle)
             except SequenceBusy:
-                self._dropped.append(handle)  # its step is open still
+                busy.append(handle)  # its step is open still
+        self._dropped.extend(busy)
 
 
 def _count_blocks(

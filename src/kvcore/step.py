@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcore import checks
 from kvcore.backend import AttendOptions
-from kvcore.errors import StepClosed, StepError, StepIncomplete
+from kvcore.errors import StepClosed, StepIncomplete
 
 if TYPE_CHECKING:
     from kvcore._native.blocks import NativeStep, Plan
@@ -151,7 +151,7 @@ class Step:
             StepClosed: it was committed or rolled back before.
         """
         self._check_open()
-        missing = self._missing_layers()
+        missing = self._native.missing_layers()
         if missing:
             self.rollback()
             raise StepIncomplete(
@@ -168,16 +168,6 @@ class Step:
         """
         self._check_open()
         self._native.rollback()
-
-    def _missing_layers(self) -> list[int]:
-        missing = []
-        for layer, spec in enumerate(self.cache.spec.layers):
-            if spec.kv_source == layer:
-                try:
-                    self._native.check_attend(layer)
-                except StepError:
-                    missing.append(layer)
-        return missing
 
     def _plan_of(self, layer: int) -> Plan:
         self._check_open()

@@ -253,6 +253,18 @@ cdef class NativeStep:
     def mark_appended(self, int32_t layer):
         check(kv_step_mark_appended(self.step, layer))
 
+    def missing_layers(self):
+        """The layers that own storage and were not appended yet."""
+        cdef int32_t layer = 0
+        cdef kv_status status = KV_OK
+        layers = []
+        while status != KV_ERR_RANGE:
+            status = kv_step_check_append(self.step, layer)
+            if status == KV_OK:
+                layers.append(layer)
+            layer += 1
+        return layers
+
     def check_attend(self, int32_t layer):
         check(kv_step_check_attend(self.step, layer))
 

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 cdef extern from "kvcore/kvcore.h" nogil:
     ctypedef int kv_status
     kv_status KV_OK
+    kv_status KV_ERR_RANGE
     kv_status KV_ERR_OUT_OF_BLOCKS
     kv_status KV_ERR_CORRUPT
     const char *kv_status_name(kv_status status)
