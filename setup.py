@@ -3,6 +3,8 @@
 Everything declarative is in pyproject.toml. What is here needs code: the attention kernels are one
 text compiled once per instruction set, each with its own flags, so that one build runs on every CPU
 of its architecture and picks at load time.
+
+Environment: KVCORE_WERROR=1 makes the core's compiler warnings errors.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -43,8 +47,13 @@ LIBRARY = "libkvcore.dylib" if MACOS else "libkvcore.so"
 class BuildExt(build_ext):
     """Builds the shared core first, then the extensions against it."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def run(self) -> None:
-        self.library_dir = Path("src/kvcore/lib" if self.inplace else self.build_lib + "/kvcore/lib")
+        require_python_headers()
+        self.library_dir = Path("src" if self.inplace else self.build_lib) / "kvcore" / "lib"
         for extension in self.extensions:
             extension.library_dirs.append(str(self.library_dir))
         super().run()
@@ -55,26 +64,13 @@ class BuildExt(build_ext):
 
     def build_core(self) -> None:
         sources = sorted([*CORE.glob("*.c"), *(CORE / "kernels").glob("*.c")])
-        headers = [*CORE.rglob("*.h"), *INCLUDE.rglob("*.h")]
+        with ThreadPoolExecutor(self.parallel) as pool:
+            objects = list(pool.map(self.compile_source, sources))
         target = self.library_dir / LIBRARY
-        depends = [str(path) for path in [*sources, *headers, Path("setup.py")]]
-        if not self.force and not newer_group(depends, str(target), "newer"):
+        if not self.force and not newer_group(objects, str(target)):
             return
-        objects: list[str] = []
-        for source in sources:
-            isa_flags = ISA_CFLAGS.get(source.stem, []) if X86 else []
-            objects += self.compiler.compile(
-                [str(source)],
-                output_dir=self.build_temp,
-                include_dirs=[str(INCLUDE), str(INCLUDE / "kvcore"), str(CORE)],
-                macros=[("KVCORE_VERSION", f'"{self.distribution.get_version()}"')],
-                extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
-                depends=depends,
-            )
         self.library_dir.mkdir(parents=True, exist_ok=True)
-        soname = (
-            ["-install_name", f"@rpath/{LIBRARY}"] if MACOS else [f"-Wl,-soname,{LIBRARY}"]
-        )
+        soname = ["-install_name", f"@rpath/{LIBRARY}"] if MACOS else [f"-Wl,-soname,{LIBRARY}"]
         # Linked beside its place and moved over it: a running process keeps the library it mapped.
         fresh = target.with_suffix(".new")
         self.compiler.link_shared_object(
@@ -82,8 +78,33 @@ class BuildExt(build_ext):
         )
         fresh.replace(target)
 
+    def compile_source(self, source: Path) -> str:
+        """The object of one source, compiled only when something that it depends on is newer."""
+        [obj] = self.compiler.object_filenames([str(source)], output_dir=self.build_temp)
+        headers = [*CORE.rglob("*.h"), *INCLUDE.rglob("*.h")]
+        depends = [source, *headers, Path("setup.py"), Path("pyproject.toml")]
+        isa_flags = ISA_CFLAGS.get(source.stem, []) if X86 else []
+        if self.force or newer_group([str(path) for path in depends], obj):
+            self.compiler.compile(
+                [str(source)],
+                output_dir=self.build_temp,
+                include_dirs=[str(INCLUDE), str(INCLUDE / "kvcore"), str(CORE)],
+                macros=[("KVCORE_VERSION", f'"{self.distribution.get_version()}"')],
+                extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
+            )
+        return obj
+
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(self.library_dir / LIBRARY)]
+
+
+def require_python_headers() -> None:
+    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(folder and Path(folder, "Python.h").exists() for folder in folders):
+        sys.exit(
+            "error: Python.h is not installed, and the extensions cannot be compiled without it; "
+            "on Debian and Ubuntu: apt-get install python3-dev"
+        )
 
 
 def extension(name: str) -> Extension:

@@ -1,0 +1,1 @@
+"""The CUDA backend of kvcore, which a later version brings."""
