@@ -1,0 +1,105 @@
+#include "attend_work.h"
+
+enum {
+    TOKEN_COST = 4, /* reading a token of K and V costs about as much as four rows' arithmetic */
+    WHOLE_UNITS = 8 /* a unit below 1 / WHOLE_UNITS of a part's cost is not cut */
+};
+
+static int64_t num_query_rows(const kv_plan *plan, int32_t s, int32_t group_size)
+{
+    return (int64_t)(plan->query_starts[s + 1] - plan->query_starts[s]) * group_size;
+}
+
+int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size)
+{
+    int64_t tiles = 0;
+    for (int32_t s = 0; s < plan->num_sequences; s++)
+        tiles += (num_query_rows(plan, s, group_size) + KV_TILE_ROWS - 1) / KV_TILE_ROWS;
+    return tiles * num_heads;
+}
+
+static int64_t row_cost(const kv_unit *unit)
+{
+    return unit->num_rows + TOKEN_COST;
+}
+
+int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units)
+{
+    int64_t cost = 0;
+    for (int32_t s = 0; s < plan->num_sequences; s++) {
+        const int64_t num_rows = num_query_rows(plan, s, group_size);
+        const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
+        for (int32_t head = 0; head < num_heads; head++)
+            for (int64_t row = 0; row < num_rows; row += KV_TILE_ROWS) {
+                const int64_t left = num_rows - row;
+                kv_unit *unit = units++;
+                unit->sequence = s;
+                unit->head = head;
+                unit->first_row = (int32_t)row;
+                unit->num_rows = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS;
+                unit->num_seen = plan->seq_lens[s] - num_new + 1 +
+                                 (int32_t)((row + unit->num_rows - 1) / group_size);
+                unit->start = cost;
+                cost += row_cost(unit) * unit->num_seen;
+            }
+    }
+    units->start = cost;
+    return cost;
+}
+
+/* The last unit that starts at or before `target`. */
+static int64_t find_unit(const kv_unit *units, int64_t num_units, int64_t target)
+{
+    int64_t low = 0, high = num_units - 1;
+    while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (units[middle].start <= target)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+static kv_bound nearest_bound(const kv_unit *units, int64_t num_units, int64_t target,
+                              int64_t part_cost)
+{
+    const int64_t u = find_unit(units, num_units, target);
+    const kv_unit *unit = &units[u];
+    const int64_t cost = units[u + 1].start - unit->start, into = target - unit->start;
+    int32_t split;
+    if (cost * WHOLE_UNITS <= part_cost) {
+        split = 2 * into < cost ? 0 : kv_num_splits(unit);
+    } else {
+        const int64_t split_cost = row_cost(unit) * KV_SPLIT;
+        split = (int32_t)((into + split_cost / 2) / split_cost);
+    }
+    if (split >= kv_num_splits(unit))
+        return (kv_bound){(int32_t)u + 1, 0, -1};
+    return (kv_bound){(int32_t)u, split, -1};
+}
+
+int32_t kv_cut_work(const kv_unit *units, int64_t num_units, int32_t num_parts, kv_bound *bounds,
+                    kv_cut *cuts, int64_t *slot_rows)
+{
+    const int64_t total = units[num_units].start;
+    int32_t num_cuts = 0;
+    *slot_rows = 0;
+    bounds[0] = (kv_bound){0, 0, -1};
+    bounds[num_parts] = (kv_bound){(int32_t)num_units, 0, -1};
+    for (int32_t part = 1; part < num_parts; part++) {
+        kv_bound *bound = &bounds[part];
+        *bound = nearest_bound(units, num_units,
+                               total / num_parts * part + total % num_parts * part / num_parts,
+                               total / num_parts);
+        if (bound->split == 0)
+            continue;
+        if (num_cuts == 0 || cuts[num_cuts - 1].unit != bound->unit) {
+            const kv_unit *unit = &units[bound->unit];
+            cuts[num_cuts++] = (kv_cut){bound->unit, bound->split, *slot_rows};
+            *slot_rows += (int64_t)(kv_num_splits(unit) - bound->split + 1) * unit->num_rows;
+        }
+        bound->cut = num_cuts - 1;
+    }
+    return num_cuts;
+}

@@ -1,0 +1,46 @@
+/* How the work of one attention call is divided. A unit is one tile of query rows of one sequence
+ * and KV head; it runs over the splits of its keys. All splits of all units lie on a line, which is
+ * cut into parts of equal cost. A cut may fall inside a unit: its splits after the cut are then kept
+ * as separate partials and merged in order at the end, so that where cuts fall never shows. */
+#ifndef KVCORE_CORE_ATTEND_WORK_H
+#define KVCORE_CORE_ATTEND_WORK_H
+
+#include "kernels/kernels.h"
+
+typedef struct kv_unit {
+    int32_t sequence, head; /* KV head */
+    int32_t first_row, num_rows; /* rows count (new token, query head of the group), token major */
+    int32_t num_seen; /* tokens that the last row sees */
+    int64_t start;    /* cost of all units before */
+} kv_unit;
+
+/* Where a part begins: at a split of a unit. */
+typedef struct kv_bound {
+    int32_t unit, split;
+    int32_t cut; /* index of the unit's kv_cut; -1 when the part begins with a whole unit */
+} kv_bound;
+
+/* A unit that several parts share. Its partials are slots: first what the first part has folded,
+ * then one for each later split. */
+typedef struct kv_cut {
+    int32_t unit, first_split; /* the first split that has a slot of its own */
+    int64_t first_slot_row;    /* rows of all slots before */
+} kv_cut;
+
+/* The units of one call: num_sequences * num_heads runs of tiles. */
+int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size);
+
+/* Fills units[count + 1], the last being an end mark; returns the cost of all. */
+int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units);
+
+static inline int32_t kv_num_splits(const kv_unit *unit)
+{
+    return (int32_t)(((int64_t)unit->num_seen + KV_SPLIT - 1) / KV_SPLIT);
+}
+
+/* Fills bounds[num_parts + 1] and at most num_parts - 1 cuts; returns how many cuts there are.
+ * *slot_rows is the number of rows that all slots have. */
+int32_t kv_cut_work(const kv_unit *units, int64_t num_units, int32_t num_parts, kv_bound *bounds,
+                    kv_cut *cuts, int64_t *slot_rows);
+
+#endif

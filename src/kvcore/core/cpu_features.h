@@ -1,0 +1,10 @@
+/* What the CPU can do and the operating system saves on a context switch. */
+#ifndef KVCORE_CORE_CPU_FEATURES_H
+#define KVCORE_CORE_CPU_FEATURES_H
+
+#include "kvcore.h"
+
+/* Whether kv_cpu_features lists `name`. */
+int kv_cpu_has(const char *name);
+
+#endif

@@ -1,0 +1,92 @@
+#include "dispatch.h"
+
+#include "cpu_features.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Best first. */
+static const kv_kernels *const compiled[] = {
+#if defined(__x86_64__)
+    &kv_kernels_avx512,
+    &kv_kernels_avx2,
+#endif
+#if defined(__aarch64__)
+    &kv_kernels_neon,
+#endif
+    &kv_kernels_scalar,
+};
+
+enum { NUM_COMPILED = sizeof(compiled) / sizeof(compiled[0]) };
+
+static const struct {
+    const char *isa, *feature;
+} needs[] = {
+    {"avx512", "avx512f"}, {"avx512", "avx512bw"}, {"avx512", "avx512dq"},
+    {"avx512", "avx512vl"}, {"avx512", "avx2"},    {"avx512", "fma"},
+    {"avx512", "f16c"},    {"avx2", "avx2"},       {"avx2", "fma"},
+    {"avx2", "f16c"},      {"neon", "neon"},
+};
+
+static const char *available[NUM_COMPILED + 1];
+static _Atomic(const kv_kernels *) active;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static int cpu_runs(const char *isa)
+{
+    for (size_t i = 0; i < sizeof(needs) / sizeof(needs[0]); i++)
+        if (strcmp(needs[i].isa, isa) == 0 && !kv_cpu_has(needs[i].feature))
+            return 0;
+    return 1;
+}
+
+/* NULL when it is not available. */
+static const kv_kernels *find(const char *isa)
+{
+    for (int i = 0; i < NUM_COMPILED; i++)
+        if (strcmp(compiled[i]->isa, isa) == 0 && cpu_runs(isa))
+            return compiled[i];
+    return NULL;
+}
+
+static void choose(void)
+{
+    int count = 0;
+    for (int i = 0; i < NUM_COMPILED; i++)
+        if (cpu_runs(compiled[i]->isa))
+            available[count++] = compiled[i]->isa;
+    const char *wanted = getenv("KVCORE_ISA");
+    atomic_store(&active, find(wanted && *wanted ? wanted : available[0]));
+}
+
+const kv_kernels *kv_active_kernels(void)
+{
+    pthread_once(&once, choose);
+    return atomic_load_explicit(&active, memory_order_acquire);
+}
+
+const char *kv_get_isa(void)
+{
+    const kv_kernels *kernels = kv_active_kernels();
+    return kernels ? kernels->isa : "none";
+}
+
+kv_status kv_set_isa(const char *name)
+{
+    if (!name)
+        return KV_ERR_NULL;
+    pthread_once(&once, choose);
+    const kv_kernels *kernels = find(name);
+    if (!kernels)
+        return KV_ERR_UNSUPPORTED;
+    atomic_store(&active, kernels);
+    return KV_OK;
+}
+
+const char *const *kv_available_isas(void)
+{
+    pthread_once(&once, choose);
+    return available;
+}

@@ -1,0 +1,83 @@
+/* The kernels of one ISA: one table of functions, compiled from the same text for each. */
+#ifndef KVCORE_CORE_KERNELS_KERNELS_H
+#define KVCORE_CORE_KERNELS_KERNELS_H
+
+#include "kvcore.h"
+
+enum {
+    KV_SPLIT = 256,     /* tokens of a split: docs/numerics.md */
+    KV_RUN = 32,        /* most tokens that a kernel takes from one block at a time */
+    KV_MAX_RUNS = 16,   /* runs of a split: the smallest block has 16 tokens */
+    KV_TILE_ROWS = 64,  /* most query rows that share one pass over a split */
+    KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
+};
+
+/* Consecutive token rows of one block and head. */
+typedef struct kv_run {
+    const char *rows;
+    int64_t stride; /* bytes from token to token */
+    int32_t count;
+} kv_run;
+
+/* The tokens of one split as runs; K and V are cut at the same places. */
+typedef struct kv_split_runs {
+    int32_t num_runs;
+    kv_run k[KV_MAX_RUNS], v[KV_MAX_RUNS];
+} kv_split_runs;
+
+/* A softmax over some of a row's tokens, before the division: m = max s, l = sum exp(s - m),
+ * o = sum exp(s - m) v. l is 0 for a row that saw nothing; its m and o then mean nothing. */
+typedef struct kv_partial {
+    float *m, *l; /* [rows] */
+    float *o;     /* [rows, width]; width is head_dim_v rounded up to KV_ROW_ALIGN */
+} kv_partial;
+
+typedef struct kv_split_task {
+    const float *q; /* [num_rows, q_width], scaled, padded with zeros up to KV_ROW_ALIGN */
+    int32_t num_rows, q_width, o_width;
+    const int32_t *visible; /* [num_rows] tokens of the split that a row sees; never decreases */
+    kv_format k_format, v_format;
+    int32_t head_dim, head_dim_v;
+    const kv_split_runs *runs;
+    const kv_split_runs *next; /* what is read afterwards, for prefetching; may be empty */
+    float *scores;             /* scratch [num_rows, KV_SPLIT] */
+    float *decoded;            /* scratch [KV_RUN, max(q_width, o_width)] */
+    kv_partial out;
+} kv_split_task;
+
+typedef struct kv_linear_task {
+    const float *x, *w, *bias;
+    float *y;
+    int64_t x_stride, w_stride, y_stride;
+    int32_t num_rows, num_inputs, num_outputs;
+} kv_linear_task;
+
+typedef struct kv_kernels {
+    const char *isa;
+    /* `count` elements, dense on both sides, from one float format to another. */
+    void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
+                    int64_t count);
+    void (*attend_split)(const kv_split_task *task);
+    /* Folds `from`, whose tokens come later, into `into`. */
+    void (*merge_partial)(const kv_partial *into, const kv_partial *from, int32_t num_rows,
+                          int32_t width);
+    /* out[d] = o[d] / l */
+    void (*normalize)(const float *o, float l, float *out, int32_t width);
+    /* Rows [begin, end) of kv_merge_states. */
+    void (*merge_states)(const float *outs, const float *lses, int32_t num_partials,
+                         int64_t num_rows, int32_t head_dim, int64_t begin, int64_t end,
+                         float *out, float *lse);
+    /* Outputs [begin, end) of every row. */
+    void (*linear)(const kv_linear_task *task, int32_t begin, int32_t end);
+} kv_kernels;
+
+extern const kv_kernels kv_kernels_scalar;
+#if defined(__x86_64__)
+extern const kv_kernels kv_kernels_avx2;
+extern const kv_kernels kv_kernels_avx512;
+#endif
+#if defined(__aarch64__)
+extern const kv_kernels kv_kernels_neon;
+#endif
+
+#endif

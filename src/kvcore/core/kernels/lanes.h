@@ -1,0 +1,37 @@
+/* What every set of lanes (lanes_scalar.h, lanes_avx2.h, ...) defines, and what they share.
+ *
+ *   KV_LANES          float32 lanes of a vector
+ *   KV_ACCUMULATORS   vectors that a kernel may sum into at once: a multiple of KV_LANES that
+ *                     leaves registers for the operands
+ *   kv_vec            the vector
+ *
+ *   kv_zero, kv_broadcast, kv_load, kv_store, kv_add, kv_sub, kv_mul, kv_div, kv_max
+ *   kv_fma(a, b, c)   a * b + c, rounded once where the ISA can
+ *   kv_first(v)       lane 0
+ *   kv_hsum, kv_hmax  across lanes; the sum in the order of the fold
+ *   kv_fold(v)        the horizontal sums of v[0 .. KV_LANES), lane i that of v[i]
+ *   kv_pow2(z)        2^n for z = n + KV_ROUND, n a whole number from -126 to 127
+ *   kv_keep_above(x, bound, y)   y, but 0 in the lanes where x < bound
+ *   kv_load_f16, kv_load_bf16, kv_store_f16, kv_store_bf16   with conversion
+ *   kv_prefetch(p)    ask for a cache line in L2
+ *
+ * Each load and store has a form with the suffix _partial that touches only the first n lanes in
+ * memory, 0 < n < KV_LANES; the other lanes load as 0. */
+#ifndef KVCORE_CORE_KERNELS_LANES_H
+#define KVCORE_CORE_KERNELS_LANES_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define KV_INLINE static inline __attribute__((always_inline))
+
+#if defined(__clang__)
+#define KV_UNROLL _Pragma("unroll")
+#else
+#define KV_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+/* Adding 1.5 * 2^23 rounds a small float to a whole number, which then stands in its low bits. */
+#define KV_ROUND 12582912.0f
+
+#endif
