@@ -11,10 +11,12 @@ from kvcore.errors import InvalidArgument, InvalidType, MissingExtra
 
 #: The core's dtype numbers (kv_dtype in kvcore.h).
 F32, F16, BF16 = range(3)
-_DTYPES = {"float32": F32, "float16": F16, "bfloat16": BF16}
+# bfloat16 joins when the first one comes: its dtype exists only where ml_dtypes is imported.
+_DTYPE_NUMBERS = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 
-#: The core's layout numbers, the axes that each has, and where its heads are.
+#: The core's layout numbers, and each layout's axes as the documentation names them.
 LAYOUTS = {"NHD": 0, "HND": 1, "BSHD": 2, "BHSD": 3}
+_AXES = {"NHD": "[T, H, D]", "HND": "[H, T, D]", "BSHD": "[S, n, H, D]", "BHSD": "[S, H, n, D]"}
 
 
 def as_array(value: Any, argument: str) -> np.ndarray:
@@ -63,16 +65,16 @@ def bfloat16() -> np.dtype:
 
 
 def dtype_number(array: np.ndarray, argument: str) -> int:
-    number = _DTYPES.get(array.dtype.name)
-    if number is None:
-        raise InvalidType(
-            f"{argument}: expected float32, float16 or bfloat16, got {array.dtype.name}"
-        )
-    return number
+    number = _DTYPE_NUMBERS.get(array.dtype)
+    if number is not None:
+        return number
+    if array.dtype.name != "bfloat16":
+        raise InvalidType(f"{argument}: expected float32, float16 or bfloat16, got {array.dtype}")
+    return _DTYPE_NUMBERS.setdefault(array.dtype, BF16)
 
 
 def layout_number(layout: str) -> int:
-    number = LAYOUTS.get(layout)
+    number = LAYOUTS.get(layout) if isinstance(layout, str) else None
     if number is None:
         raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
     return number
@@ -80,12 +82,14 @@ def layout_number(layout: str) -> int:
 
 def is_readable(array: np.ndarray) -> bool:
     """Whether the core reads it in place: rows dense, strides whole elements, aligned."""
+    flags = array.flags
+    if flags.c_contiguous:
+        return flags.aligned
     strides, itemsize = array.strides, array.itemsize
     return (
-        strides[-1] == itemsize
+        flags.aligned
+        and strides[-1] == itemsize
         and all(stride % itemsize == 0 for stride in strides)
-        and array.flags.aligned
-        and array.dtype.isnative
     )
 
 
@@ -93,10 +97,10 @@ def as_rows(value: Any, argument: str) -> tuple[np.ndarray, int]:
     """`value` as an array that the core reads, copied only when its strides forbid, and its dtype."""
     array = as_array(value, argument)
     number = dtype_number(array, argument)
-    if array.ndim < 3:
-        raise InvalidArgument(f"{argument}: expected 3 or 4 axes, got shape {list(array.shape)}")
+    if array.ndim < 3:  # the caller tells what was expected
+        return array, number
     if not is_readable(array):
-        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        array = np.ascontiguousarray(array)
     return array, number
 
 
@@ -112,29 +116,24 @@ def check_rows(
     head_dim: int,
 ) -> None:
     """Raises unless `array` has the shape that `layout` asks for; num_heads None takes any."""
-    if array.ndim != len(layout):
+    shape = array.shape
+    heads = num_heads
+    if heads is None and len(shape) == len(layout):
+        heads = shape[layout.index("H")]
+    expected: tuple[int | None, ...]
+    if layout == "NHD":
+        expected = (num_tokens, heads, head_dim)
+    elif layout == "HND":
+        expected = (heads, num_tokens, head_dim)
+    else:
+        length = max(max_new, shape[layout.index("S")]) if len(shape) == 4 else max_new
+        padded = (length, heads) if layout == "BSHD" else (heads, length)
+        expected = (num_sequences, *padded, head_dim)
+    if shape != expected:
+        came = ["any" if size is None else size for size in expected]
         raise InvalidArgument(
-            f"{argument}: expected {len(layout)} axes for layout {layout}, "
-            f"got shape {list(array.shape)}"
+            f"{argument}: expected shape {_AXES[layout]} = {came}, got {list(shape)}"
         )
-    heads = array.shape[layout.index("H")] if num_heads is None else num_heads
-    if layout in ("NHD", "HND"):
-        expected = {"N": num_tokens, "H": heads, "D": head_dim}
-        checks.shape(
-            array.shape,
-            tuple(expected[axis] for axis in layout),
-            argument,
-            "[T, H, D]" if layout == "NHD" else "[H, T, D]",
-        )
-        return
-    length = array.shape[layout.index("S")]
-    expected = {"B": num_sequences, "S": max(length, max_new), "H": heads, "D": head_dim}
-    checks.shape(
-        array.shape,
-        tuple(expected[axis] for axis in layout),
-        argument,
-        "[S, n, H, D]" if layout == "BSHD" else "[S, H, n, D]",
-    )
 
 
 def as_token_ids(value: Any, argument: str) -> np.ndarray:
