@@ -1,5 +1,7 @@
 """The control plane and the storage of the C core."""
 
+import weakref
+
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int32_t, int64_t, uint64_t
 cimport numpy as cnp
@@ -225,7 +227,10 @@ cdef class NativeStep:
 
     cdef int close(self) except -1:
         self.step = NULL
-        for plan in self.plans:
+        for reference in self.plans:
+            plan = reference()
+            if plan is None:
+                continue
             (<Plan>plan).c.num_sequences = 0
             (<Plan>plan).c.num_tokens = 0
             (<Plan>plan).c.num_copies = 0
@@ -272,7 +277,9 @@ cdef class NativeStep:
         cdef Plan plan = Plan.__new__(Plan)
         check(kv_step_get_plan(self.step, group, &plan.c))
         plan.owner = self
-        self.plans.append(plan)
+        # Weakly, as the plan holds the step: a cycle would keep an abandoned step's sequences
+        # locked until the next garbage collection.
+        self.plans.append(weakref.ref(plan))
         return plan
 
 
