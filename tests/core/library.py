@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 FORMATS = {"fp32": 0, "fp16": 1, "bf16": 2}
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16),
-          "bf16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 OK, NULL, VALUE, RANGE, OVERFLOW, UNSUPPORTED = range(6)
 
 i32, i64, ptr = ct.c_int32, ct.c_int64, ct.c_void_p
 
 
 class Blocks(ct.Structure):
-    _fields_ = [("data", ptr), ("format", ct.c_int), ("num_blocks", i32), ("num_heads", i32),
-                ("block_size", i32), ("head_dim", i32), ("block_stride", i64),
-                ("head_stride", i64), ("token_stride", i64)]
+    _fields_ = [
+        ("data", ptr),
+        ("format", ct.c_int),
+        ("num_blocks", i32),
+        ("num_heads", i32),
+        ("block_size", i32),
+        ("head_dim", i32),
+        ("block_stride", i64),
+        ("head_stride", i64),
+        ("token_stride", i64),
+    ]
 
 
 class Rows(ct.Structure):
-    _fields_ = [("data", ptr), ("dtype", ct.c_int), ("num_heads", i32), ("head_dim", i32),
-                ("padded_length", i32), ("sequence_stride", i64), ("token_stride", i64),
-                ("head_stride", i64)]
+    _fields_ = [
+        ("data", ptr),
+        ("dtype", ct.c_int),
+        ("num_heads", i32),
+        ("head_dim", i32),
+        ("padded_length", i32),
+        ("sequence_stride", i64),
+        ("token_stride", i64),
+        ("head_stride", i64),
+    ]
 
 
 class Plan(ct.Structure):
-    _fields_ = [("block_size", i32), ("num_sequences", i32), ("num_tokens", i32),
-                ("max_new", i32), ("query_starts", ptr), ("seq_lens", ptr), ("slots", ptr),
-                ("num_copies", i32), ("copies", ptr), ("num_new_blocks", i32),
-                ("new_blocks", ptr), ("block_rows", ptr), ("buffer", ptr), ("buffer_size", i64)]
+    _fields_ = [
+        ("block_size", i32),
+        ("num_sequences", i32),
+        ("num_tokens", i32),
+        ("max_new", i32),
+        ("query_starts", ptr),
+        ("seq_lens", ptr),
+        ("slots", ptr),
+        ("num_copies", i32),
+        ("copies", ptr),
+        ("num_new_blocks", i32),
+        ("new_blocks", ptr),
+        ("block_rows", ptr),
+        ("buffer", ptr),
+        ("buffer_size", i64),
+    ]
 
 
 class AttendOptions(ct.Structure):
@@ -53,8 +85,15 @@ lib = ct.CDLL(_find_library())
 lib.kv_append.argtypes = [ct.POINTER(Plan), ct.POINTER(Rows), ct.POINTER(Blocks)]
 lib.kv_copy_blocks.argtypes = [ct.POINTER(Plan), ct.POINTER(Blocks)]
 lib.kv_read.argtypes = [ct.POINTER(Blocks), ptr, i32, i32, i32, ct.POINTER(Rows)]
-lib.kv_attend.argtypes = [ct.POINTER(Plan), ct.POINTER(Rows), ct.POINTER(Blocks),
-                          ct.POINTER(Blocks), ct.POINTER(AttendOptions), ct.POINTER(Rows), ptr]
+lib.kv_attend.argtypes = [
+    ct.POINTER(Plan),
+    ct.POINTER(Rows),
+    ct.POINTER(Blocks),
+    ct.POINTER(Blocks),
+    ct.POINTER(AttendOptions),
+    ct.POINTER(Rows),
+    ptr,
+]
 lib.kv_merge_states.argtypes = [ptr, ptr, i32, i64, i32, ptr, ptr]
 lib.kv_quantize.argtypes = [ptr, ct.c_int, ct.c_int, i64, i32, ptr]
 lib.kv_dequantize.argtypes = [ptr, ct.c_int, i64, i32, ct.c_int, ptr]
@@ -83,6 +122,19 @@ def names(values: ct._Pointer[ct.c_char_p]) -> list[str]:
 ISAS = names(lib.kv_available_isas())
 
 
+@contextlib.contextmanager
+def machine(isa: str, threads: int = 1) -> Iterator[None]:
+    """Runs the body on one ISA and number of threads."""
+    before = lib.kv_get_isa()
+    assert lib.kv_set_isa(isa.encode()) == OK
+    assert lib.kv_set_num_threads(threads) == OK
+    try:
+        yield
+    finally:
+        lib.kv_set_isa(before)
+        lib.kv_set_num_threads(0)
+
+
 def address(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
@@ -96,9 +148,16 @@ def rows_of(array: np.ndarray) -> Rows:
     size = array.itemsize
     strides = [stride // size for stride in array.strides]
     padded = array.ndim == 4
-    return Rows(address(array), format_of(array), array.shape[-2], array.shape[-1],
-                array.shape[1] if padded else 0, strides[0] if padded else 0,
-                strides[-3], strides[-2])
+    return Rows(
+        address(array),
+        format_of(array),
+        array.shape[-2],
+        array.shape[-1],
+        array.shape[1] if padded else 0,
+        strides[0] if padded else 0,
+        strides[-3],
+        strides[-2],
+    )
 
 
 def blocks_of(array: np.ndarray) -> Blocks:
@@ -110,8 +169,9 @@ def blocks_of(array: np.ndarray) -> Blocks:
 class Step:
     """A plan over arrays that this object keeps alive."""
 
-    def __init__(self, block_size: int, counts, seq_lens, block_rows=None, slots=None,
-                 copies=None) -> None:
+    def __init__(
+        self, block_size: int, counts, seq_lens, block_rows=None, slots=None, copies=None
+    ) -> None:
         self.counts = [int(n) for n in counts]
         self.query_starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
         self.seq_lens = np.asarray(seq_lens, np.int32)
@@ -119,21 +179,40 @@ class Step:
         self.slots = None if slots is None else np.asarray(slots, np.int32)
         self.copies = None if copies is None else np.asarray(copies, np.int32).reshape(-1, 3)
         self._row_addresses = (ptr * max(1, len(self.block_rows)))(
-            *[address(row) for row in self.block_rows])
+            *[address(row) for row in self.block_rows]
+        )
         self.plan = Plan(
-            block_size, len(self.counts), int(self.query_starts[-1]),
-            max(self.counts, default=0), address(self.query_starts), address(self.seq_lens),
-            address(self.slots), 0 if self.copies is None else len(self.copies),
-            address(self.copies), 0, None,
-            ct.cast(self._row_addresses, ptr) if block_rows is not None else None, None, 0)
+            block_size,
+            len(self.counts),
+            int(self.query_starts[-1]),
+            max(self.counts, default=0),
+            address(self.query_starts),
+            address(self.seq_lens),
+            address(self.slots),
+            0 if self.copies is None else len(self.copies),
+            address(self.copies),
+            0,
+            None,
+            ct.cast(self._row_addresses, ptr) if block_rows is not None else None,
+            None,
+            0,
+        )
 
 
 def append(step: Step, rows: np.ndarray, blocks: np.ndarray) -> int:
     return lib.kv_append(step.plan, rows_of(rows), blocks_of(blocks))
 
 
-def attend(step: Step, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float,
-           out: np.ndarray, lse: np.ndarray | None = None) -> int:
+def attend(
+    step: Step,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    out: np.ndarray,
+    lse: np.ndarray | None = None,
+) -> int:
     options = AttendOptions(ct.sizeof(AttendOptions), scale, 0)
-    return lib.kv_attend(step.plan, rows_of(q), blocks_of(k), blocks_of(v), options,
-                         rows_of(out), address(lse))
+    return lib.kv_attend(
+        step.plan, rows_of(q), blocks_of(k), blocks_of(v), options, rows_of(out), address(lse)
+    )

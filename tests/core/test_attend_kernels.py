@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from core.library import DTYPES, ISAS, OK, Step, append, attend, lib
 
-
-@contextlib.contextmanager
-def machine(isa: str, threads: int = 1):
-    before = lib.kv_get_isa()
-    assert lib.kv_set_isa(isa.encode()) == OK
-    assert lib.kv_set_num_threads(threads) == OK
-    try:
-        yield
-    finally:
-        lib.kv_set_isa(before)
-        lib.kv_set_num_threads(0)
+from core.library import DTYPES, ISAS, OK, Step, append, attend, machine
 
 
 @dataclass
@@ -55,16 +43,24 @@ class Case:
             slots.append(row[j // self.block_size] * self.block_size + j % self.block_size)
             self.keys.append(rng.standard_normal((j.size, self.heads, self.dim), np.float32))
             self.values.append(rng.standard_normal((j.size, self.heads, dv), np.float32))
-        fill = Step(self.block_size, [k.shape[0] for k in self.keys],
-                    [k.shape[0] for k in self.keys], slots=np.concatenate(slots))
+        fill = Step(
+            self.block_size,
+            [k.shape[0] for k in self.keys],
+            [k.shape[0] for k in self.keys],
+            slots=np.concatenate(slots),
+        )
         assert append(fill, np.concatenate(self.keys), self.k) == OK
         assert append(fill, np.concatenate(self.values), self.v) == OK
         tokens = sum(new for _, new in self.lengths)
         q = rng.standard_normal((tokens, self.heads * self.group, self.dim), np.float32)
         self.q = (self.spread * q).astype(DTYPES[self.dtype])
         self.scale = float(np.float32(self.dim**-0.5))
-        self.step = Step(self.block_size, [new for _, new in self.lengths],
-                         [stored + new for stored, new in self.lengths], self.rows)
+        self.step = Step(
+            self.block_size,
+            [new for _, new in self.lengths],
+            [stored + new for stored, new in self.lengths],
+            self.rows,
+        )
 
     def run(self, out_dtype: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
         out = np.full((*self.q.shape[:2], self.v.shape[3]), 7, DTYPES[out_dtype])
@@ -79,22 +75,26 @@ class Case:
             start = self.step.query_starts[s]
             k = self.keys[s].astype(self.k.dtype).astype(np.float64)
             v = self.values[s].astype(self.v.dtype).astype(np.float64)
-            q = self.q[start:start + new].astype(np.float64).reshape(
-                new, self.heads, self.group, self.dim)
+            q = (
+                self.q[start : start + new]
+                .astype(np.float64)
+                .reshape(new, self.heads, self.group, self.dim)
+            )
             score = np.einsum("ihgd,jhd->hgij", q, k) * self.scale
             hidden = np.arange(stored + new) > np.arange(stored, stored + new)[:, None]
             tops.append(np.where(hidden, 0, np.abs(score)).max(-1))
             score = np.where(hidden, -np.inf, score)
             m = score.max(-1, keepdims=True)
             p = np.exp(score - m)
-            lses.append((m[..., 0] + np.log(p.sum(-1))))
+            lses.append(m[..., 0] + np.log(p.sum(-1)))
             p /= p.sum(-1, keepdims=True)
             outs.append(np.einsum("hgij,jhd->hgid", p, v))
             norms.append(np.einsum("hgij,jh->hgi", p, np.linalg.norm(v, axis=-1)))
 
         def joined(parts):
-            return np.concatenate([np.moveaxis(x, 2, 0).reshape(
-                x.shape[2], -1, *x.shape[3:]) for x in parts])
+            return np.concatenate(
+                [np.moveaxis(x, 2, 0).reshape(x.shape[2], -1, *x.shape[3:]) for x in parts]
+            )
 
         return joined(outs), joined(lses), joined(tops), joined(norms)
 
@@ -123,8 +123,9 @@ SHAPES = [
 @pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda c: f"{c.dim}x{c.group}b{c.block_size}")
 def test_matches_float64(shape: Case, fmt: str, isa: str) -> None:
-    case = Case(shape.lengths, shape.heads, shape.group, shape.dim, shape.dim_v,
-                shape.block_size, fmt, fmt)
+    case = Case(
+        shape.lengths, shape.heads, shape.group, shape.dim, shape.dim_v, shape.block_size, fmt, fmt
+    )
     with machine(isa):
         out, lse = case.run()
     error, factor = relative_error(case, out)
@@ -161,8 +162,9 @@ class TestBits:
     lengths = ((3000, 1), (0, 70), (250, 130), (5, 1), (1023, 2))
 
     def whole(self, fmt: str, **changes) -> Case:
-        return Case(list(self.lengths), heads=2, group=3, dim=40, k_format=fmt, v_format=fmt,
-                    **changes)
+        return Case(
+            list(self.lengths), heads=2, group=3, dim=40, k_format=fmt, v_format=fmt, **changes
+        )
 
     def test_threads(self, fmt: str, isa: str) -> None:
         case = self.whole(fmt)
@@ -182,9 +184,9 @@ class TestBits:
                 start = case.step.query_starts[s]
                 alone = np.empty((new, *out.shape[1:]), np.float32)
                 step = Step(case.block_size, [new], [stored + new], [case.rows[s]])
-                q = case.q[start:start + new]
+                q = case.q[start : start + new]
                 assert attend(step, q, case.k, case.v, case.scale, alone) == OK
-                assert alone.tobytes() == out[start:start + new].tobytes()
+                assert alone.tobytes() == out[start : start + new].tobytes()
 
     def test_chunks(self, fmt: str, isa: str) -> None:
         case = Case([(0, 600)], heads=1, group=3, dim=40, k_format=fmt, v_format=fmt)
@@ -195,9 +197,9 @@ class TestBits:
                 for count in cuts:
                     part = np.empty((count, *out.shape[1:]), np.float32)
                     step = Step(case.block_size, [count], [done + count], case.rows)
-                    q = case.q[done:done + count]
+                    q = case.q[done : done + count]
                     assert attend(step, q, case.k, case.v, case.scale, part) == OK
-                    assert part.tobytes() == out[done:done + count].tobytes()
+                    assert part.tobytes() == out[done : done + count].tobytes()
                     done += count
 
     def test_block_size_and_layout(self, fmt: str, isa: str) -> None:
@@ -206,8 +208,10 @@ class TestBits:
             out, _ = case.run()
             for block_size in (32, 128, 4096):
                 assert self.whole(fmt, block_size=block_size).run()[0].tobytes() == out.tobytes()
-            k, v = (np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-                    for x in (case.k, case.v))
+            k, v = (
+                np.ascontiguousarray(x.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+                for x in (case.k, case.v)
+            )
             other = np.empty_like(out)
             assert attend(case.step, case.q, k, v, case.scale, other) == OK
             assert other.tobytes() == out.tobytes()
@@ -255,11 +259,10 @@ def test_padded_rows(out_dtype: str) -> None:
         q = np.full((3, 11, *case.q.shape[1:]), np.nan, np.float32)
         padded = np.full((3, 9, *out.shape[1:]), 5, DTYPES[out_dtype])
         for s, n in enumerate(counts):
-            q[s, :n] = case.q[starts[s]:starts[s] + n]
+            q[s, :n] = case.q[starts[s] : starts[s] + n]
         if transpose:
-            q, padded = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
-                         for x in (q, padded))
+            q, padded = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, padded))
         assert attend(case.step, q, case.k, case.v, case.scale, padded) == OK
         for s, n in enumerate(counts):
-            assert padded[s, :n].tobytes() == out[starts[s]:starts[s] + n].tobytes()
+            assert padded[s, :n].tobytes() == out[starts[s] : starts[s] + n].tobytes()
             assert not padded[s, n:].astype(np.float32).any()

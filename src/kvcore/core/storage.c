@@ -89,7 +89,9 @@ kv_status kv_check_rows(const kv_rows *rows, int32_t num_sequences, int32_t num_
         return KV_ERR_VALUE;
     const int64_t tokens = rows->padded_length ? rows->padded_length : num_tokens;
     const int64_t sequences = rows->padded_length ? num_sequences : 1;
-    if (!rows->data && tokens * sequences > 0)
+    if (tokens == 0 || sequences == 0) /* an empty array's pointer and strides mean nothing */
+        return KV_OK;
+    if (!rows->data)
         return KV_ERR_NULL;
     if ((uintptr_t)rows->data % (uintptr_t)kv_dtype_bytes(rows->dtype) != 0)
         return KV_ERR_VALUE;
