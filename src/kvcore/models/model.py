@@ -1,0 +1,158 @@
+"""A model as a whole: configuration, decoder and tokenizer, loaded from a name or a path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcore.backend import get_backend
+from kvcore.errors import ModelFileError, UnsupportedError
+from kvcore.models import hf, registry
+from kvcore.models.config import ModelConfig
+from kvcore.models.decoder import Decoder
+from kvcore.models.files import require
+from kvcore.models.gguf import GGUFFile
+from kvcore.models.gguf_tokenizer import build_tokenizer
+from kvcore.models.hf_tokenizer import read_tokenizer
+from kvcore.models.tokenizer import Tokenizer
+from kvcore.models.weights import DecoderWeights, RandomTensors, load_weights
+from kvcore.spec import CacheSpec
+
+
+class Model:
+    """A decoder with its tokenizer.
+
+    Attributes:
+        config: the architecture.
+        decoder: runs tokens against a step of a cache.
+        backend: the backend whose arrays the decoder works on.
+        source: where the model came from, for messages.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        load_tokenizer: Callable[[], Tokenizer],
+        *,
+        source: str,
+        backend: str = "cpu",
+    ) -> None:
+        self.config = config
+        self.decoder = decoder
+        self.source = source
+        self.backend = backend
+        self._load_tokenizer = load_tokenizer
+
+    @classmethod
+    def random(cls, config: ModelConfig, seed: int = 0, std: float = 0.15) -> Model:
+        """A model with random weights and no tokenizer, for tests and benchmarks.
+
+        Args:
+            std: standard deviation of the weights.
+        """
+
+        def no_tokenizer() -> Tokenizer:
+            raise ModelFileError("a tokenizer expected, but a random model has none")
+
+        tensors = RandomTensors(np.random.default_rng(seed), std)
+        weights = load_weights(config, tensors, threads=1)
+        return cls(config, Decoder(config, weights), no_tokenizer, source="random weights")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read at first use; ModelFileError when the model came without one."""
+        return self._load_tokenizer()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        try:
+            return self.config.eos_ids | self.tokenizer.eos_ids
+        except ModelFileError:
+            return self.config.eos_ids
+
+    def cache_spec(
+        self, block_size: int = 64, k_format: str = "bf16", v_format: str = "bf16"
+    ) -> CacheSpec:
+        """The cache that this model's decoder writes to."""
+        return CacheSpec(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=block_size,
+            k_format=k_format,
+            v_format=v_format,
+        )
+
+    def __repr__(self) -> str:
+        c = self.config
+        millions = c.num_parameters / 1e6
+        return (
+            f"Model({self.source}: {c.family}, {millions:.0f}M parameters, {c.num_layers} layers, "
+            f"{c.num_heads}/{c.num_kv_heads} heads of {c.head_dim}, vocabulary {c.vocab_size}, "
+            f"context {c.max_context})"
+        )
+
+
+def load(model: str | os.PathLike[str], backend: str = "cpu", *, progress: bool = False) -> Model:
+    """Loads a model.
+
+    Args:
+        model: a name ("smollm2"), a Hugging Face directory or a GGUF file.
+        backend: where the decoder computes.
+        progress: shows a bar on stderr while weights are read.
+
+    Raises:
+        ModelFileError: if there is no such model, or its files are malformed or unsupported.
+        MissingExtra: if a package is not installed; the message has the command.
+        BackendUnavailable: if the backend cannot be used here.
+    """
+    get_backend(backend)
+    if backend != "cpu":
+        raise UnsupportedError(f"backend: the decoder computes on cpu, got {backend!r}")
+    if isinstance(model, str) and model in registry.MODELS:
+        path = registry.locate(model)
+    else:
+        path = Path(model)
+        if not path.exists():
+            names = ", ".join(registry.names())
+            raise ModelFileError(
+                f"{path}: a directory, a .gguf file or a known name ({names}) expected, "
+                "but there is no such file"
+            )
+    track = _progress_bar if progress else iter
+    try:
+        config, weights, load_tokenizer = (_load_hf if path.is_dir() else _load_gguf)(path, track)
+    except MemoryError as error:
+        raise ModelFileError(f"{path}: a model that fits in memory expected: {error}") from error
+    decoder = Decoder(config, weights)
+    return Model(config, decoder, load_tokenizer, source=str(model), backend=backend)
+
+
+_Track = Callable[[list[Any]], Iterable[Any]]
+_Parts = tuple[ModelConfig, DecoderWeights, Callable[[], Tokenizer]]
+
+
+def _load_hf(directory: Path, track: _Track) -> _Parts:
+    config = hf.read_config(directory)
+    with hf.SafetensorsSource(directory) as source:
+        weights = load_weights(config, source, track=track)
+    return config, weights, lambda: read_tokenizer(directory, config.eos_ids)
+
+
+def _load_gguf(path: Path, track: _Track) -> _Parts:
+    file = GGUFFile(path)
+    config, metadata = file.config, file.metadata
+    weights = load_weights(config, file, track=track)
+    return config, weights, lambda: build_tokenizer(path, metadata, config.eos_ids)
+
+
+def _progress_bar(tensors: list[Any]) -> Iterable[Any]:
+    bar: Iterable[Any] = require("tqdm").tqdm(tensors, desc="loading", unit="tensor")
+    return bar
