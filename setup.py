@@ -138,7 +138,7 @@ def cythonized() -> list[Extension]:
         [extension(name) for name in EXTENSIONS],
         include_path=["src"],
         compiler_directives=directives,
-        build_dir=None,
+        quiet=True,
     )
 
 

@@ -1,0 +1,6 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+def quantize(rows: NDArray[Any], dtype: int, format: int, out: NDArray[Any]) -> None: ...
+def dequantize(codes: NDArray[Any], format: int, dtype: int, out: NDArray[Any]) -> None: ...
