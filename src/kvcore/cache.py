@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from kvcore import arrays, checks
-from kvcore._native.blocks import ControlPlane
+from kvcore._native.blocks import ControlPlane, SequenceHandle
 from kvcore.backend import get_backend
-from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType, SequenceBusy
+from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType
 from kvcore.sequence import Sequence
 from kvcore.spec import CacheSpec
 from kvcore.step import Step
@@ -121,7 +120,6 @@ class KVCache:
         self.spec = spec
         self.backend = get_backend(backend)
         self.num_blocks = _count_blocks(spec, num_blocks, memory)
-        self._dropped: collections.deque[int] = collections.deque()
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
             [
@@ -157,15 +155,14 @@ class KVCache:
             tokens: int token ids [n] of the prompt.
             salt: keeps tenants apart.
         """
-        self._drain()
         number = self._salt_number(salt)
         if tokens is None:
             ids = np.empty(0, np.int32)
         else:
             ids = arrays.as_token_ids(tokens, "tokens")
         if tokens is None and number == 0:
-            return self._new_sequence(self._control.create())
-        return self._new_sequence(self._control.create_cached(ids, number))
+            return Sequence(self, self._control.create())
+        return Sequence(self, self._control.create_cached(ids, number))
 
     def step(self, entries: Iterable[tuple[Sequence, Any]]) -> Step:
         """Opens a step: reserves slots for new tokens of some sequences, or changes nothing.
@@ -180,7 +177,6 @@ class KVCache:
             SequenceFreed, ForeignSequence: a sequence is not one of this cache's live ones.
             InvalidArgument, InvalidType: naming the argument.
         """
-        self._drain()
         sequences, handles, counts, tokens = [], [], [], []
         for i, (sequence, new) in enumerate(_pairs(entries)):
             handles.append(self._handle_of(sequence, f"entries[{i}]"))
@@ -202,7 +198,6 @@ class KVCache:
 
     def stats(self) -> CacheStats:
         """Blocks by state, bytes, prefix hits, evictions and copies."""
-        self._drain()
         groups = tuple(
             GroupStats(**_without_size(self._control.group_stats(group)))
             for group in range(len(self.spec.groups))
@@ -216,18 +211,13 @@ class KVCache:
         Raises:
             CacheCorrupt: they do not balance.
         """
-        self._drain()
         self._control.check()
 
     def drop_prefixes(self) -> None:
         """Forgets the cached prefixes that no sequence holds, so that their blocks are free."""
-        self._drain()
         self._control.drop_prefixes()
 
-    def _new_sequence(self, handle: int) -> Sequence:
-        return Sequence(self, handle)
-
-    def _handle_of(self, sequence: Any, argument: str) -> int:
+    def _handle_of(self, sequence: Any, argument: str) -> SequenceHandle:
         if not isinstance(sequence, Sequence):
             raise InvalidType(f"{argument}: expected a Sequence, got {type(sequence).__name__}")
         if sequence.cache is not self:
@@ -235,16 +225,13 @@ class KVCache:
         return sequence._live()
 
     def _read(self, sequence: Sequence, layer: int) -> tuple[Any, Any]:
-        self._drain()
         spec = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)]
         # A fork holds the blocks while they are read, and refuses a sequence in an open step.
-        held = self._control.fork(self._handle_of(sequence, "sequence"), -1)
+        held = sequence.fork()
         try:
-            row = self._control.blocks(held, spec.group)
-            length = self._control.length(held)
-            return self.backend.read(self._storage, layer, row, 0, length)
+            return self.backend.read(self._storage, layer, held.blocks(spec.group), 0, len(held))
         finally:
-            self._control.free(held)
+            held.free()
 
     def _salt_number(self, salt: str | bytes | None) -> int:
         if salt is None:
@@ -253,20 +240,6 @@ class KVCache:
             raise InvalidType(f"salt: expected str, bytes or None, got {type(salt).__name__}")
         # Numbered rather than hashed: two salts can never be taken for one another.
         return self._salts.setdefault(salt, len(self._salts) + 1)
-
-    def _drain(self) -> None:
-        """Frees sequences that were dropped without `free`."""
-        busy = []
-        while self._dropped:
-            try:
-                handle = self._dropped.popleft()
-            except IndexError:
-                break  # another thread was faster
-            try:
-                self._control.free(handle)
-            except SequenceBusy:
-                busy.append(handle)  # its step is open still
-        self._dropped.extend(busy)
 
 
 def _count_blocks(
@@ -306,8 +279,8 @@ def _new_tokens(new: Any, argument: str) -> tuple[int, np.ndarray | None]:
     return ids.size, ids
 
 
-def _check_entries(handles: list[int]) -> None:
-    seen: dict[int, int] = {}
+def _check_entries(handles: list[SequenceHandle]) -> None:
+    seen: dict[SequenceHandle, int] = {}
     for i, handle in enumerate(handles):
         first = seen.setdefault(handle, i)
         if first != i:

@@ -8,6 +8,7 @@ from kvcore import checks
 from kvcore.errors import SequenceFreed
 
 if TYPE_CHECKING:
+    from kvcore._native.blocks import SequenceHandle
     from kvcore.cache import KVCache
 
 
@@ -15,19 +16,14 @@ class Sequence:
     """A sequence of a cache, made by `KVCache.sequence` or `fork`.
 
     len() is the number of tokens stored. The sequence keeps its cache alive; dropped without
-    `free`, its blocks come back with the cache's next call.
+    `free`, it gives its blocks back.
     """
 
     __slots__ = ("__weakref__", "_handle", "cache")
 
-    def __init__(self, cache: KVCache, handle: int) -> None:
+    def __init__(self, cache: KVCache, handle: SequenceHandle) -> None:
         self.cache = cache
-        self._handle: int | None = handle
-
-    def __del__(self) -> None:
-        handle = getattr(self, "_handle", None)
-        if handle is not None:
-            self.cache._dropped.append(handle)
+        self._handle = handle
 
     def __len__(self) -> int:
         length: int = self.cache._control.length(self._live())
@@ -37,13 +33,13 @@ class Sequence:
         return True  # an empty sequence is a sequence
 
     def __repr__(self) -> str:
-        if self._handle is None:
+        if self.is_freed:
             return "Sequence(freed)"
         return f"Sequence({len(self)} tokens, {len(self.blocks())} blocks)"
 
     @property
     def is_freed(self) -> bool:
-        return self._handle is None
+        return not self._handle.is_live
 
     def fork(self, length: int | None = None) -> Sequence:
         """A sequence that shares the first `length` tokens (all when left out), copy on write.
@@ -53,7 +49,7 @@ class Sequence:
             SequenceFreed: it was freed.
         """
         tokens = -1 if length is None else checks.integer(length, "length", 0, len(self))
-        return self.cache._new_sequence(self.cache._control.fork(self._live(), tokens))
+        return Sequence(self.cache, self.cache._control.fork(self._live(), tokens))
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens (transformers calls it crop).
@@ -71,7 +67,6 @@ class Sequence:
             SequenceBusy, SequenceFreed: as for `fork`.
         """
         self.cache._control.free(self._live())
-        self._handle = None
 
     def read(self, layer: int) -> tuple[Any, Any]:
         """What the cache holds of this sequence in a layer, decoded.
@@ -91,7 +86,7 @@ class Sequence:
             self._live(), checks.integer(group, "group", 0, last)
         )
 
-    def _live(self) -> int:
-        if self._handle is None:
+    def _live(self) -> SequenceHandle:
+        if not self._handle.is_live:
             raise SequenceFreed("the sequence was freed")
         return self._handle

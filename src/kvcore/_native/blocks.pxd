@@ -1,4 +1,4 @@
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint64_t
 cimport numpy as cnp
 
 from kvcore._native.capi cimport kv_blocks, kv_cache, kv_plan, kv_step
@@ -23,10 +23,16 @@ cdef class Plan:
     cdef object __weakref__
 
 
+cdef class SequenceHandle:
+    cdef ControlPlane control
+    cdef uint64_t value
+
+
 cdef class NativeStep:
     cdef kv_step *step
     cdef ControlPlane control
     cdef list plans
+    cdef list handles
     cdef int close(self) except -1
 
 

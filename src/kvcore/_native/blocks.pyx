@@ -2,6 +2,7 @@
 
 import weakref
 
+cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int32_t, int64_t, uint64_t
 cimport numpy as cnp
@@ -181,7 +182,9 @@ cdef class Plan:
 
     @property
     def query_starts(self):
-        return copied(self.c.query_starts, self.c.num_sequences + 1)
+        # A closed step's buffer is not its own any more: its plans are empty.
+        count = self.c.num_sequences
+        return copied(self.c.query_starts, count + 1 if count else 0)
 
     @property
     def seq_lens(self):
@@ -217,11 +220,29 @@ cdef class Plan:
         return tables
 
 
+# Ctrl-C can fall between any two instructions of Python, so whatever must be given back belongs to
+# an object of C from its first moment, and goes when that is dropped. The core's lock is never held
+# while Python code runs, so a drop cannot meet itself.
+
+
+@cython.no_gc_clear
+cdef class SequenceHandle:
+    """A sequence. Dropped while live, it is freed; an open step holds its sequences' handles."""
+
+    def __dealloc__(self):
+        if self.value != 0:
+            kv_sequence_free(self.control.cache, self.value)
+
+    @property
+    def is_live(self):
+        return self.value != 0
+
+
+@cython.no_gc_clear
 cdef class NativeStep:
     """An open step. Dropped while open, it rolls back."""
 
     def __dealloc__(self):
-        # The core's lock is never held while Python code runs, so this cannot meet itself.
         if self.step != NULL:
             kv_step_rollback(self.step)
 
@@ -315,38 +336,42 @@ cdef class ControlPlane:
         kv_cache_destroy(self.cache)
 
     def create(self):
-        cdef kv_sequence handle
-        check(kv_sequence_create(self.cache, &handle))
+        cdef SequenceHandle handle = SequenceHandle.__new__(SequenceHandle)
+        handle.control = self
+        check(kv_sequence_create(self.cache, &handle.value))
         return handle
 
     def create_cached(self, cnp.ndarray tokens not None, uint64_t salt):
         """tokens: C-contiguous int32 [n]."""
-        cdef kv_sequence handle
+        cdef SequenceHandle handle = SequenceHandle.__new__(SequenceHandle)
+        handle.control = self
         check(kv_sequence_create_cached(self.cache, <const int32_t *>cnp.PyArray_DATA(tokens),
-                                        <int32_t>tokens.shape[0], salt, &handle))
+                                        <int32_t>tokens.shape[0], salt, &handle.value))
         return handle
 
-    def fork(self, uint64_t source, int32_t length):
-        cdef kv_sequence handle
-        check(kv_sequence_fork(self.cache, source, length, &handle))
+    def fork(self, SequenceHandle source not None, int32_t length):
+        cdef SequenceHandle handle = SequenceHandle.__new__(SequenceHandle)
+        handle.control = self
+        check(kv_sequence_fork(self.cache, source.value, length, &handle.value))
         return handle
 
-    def truncate(self, uint64_t sequence, int32_t length):
-        check(kv_sequence_truncate(self.cache, sequence, length))
+    def truncate(self, SequenceHandle sequence not None, int32_t length):
+        check(kv_sequence_truncate(self.cache, sequence.value, length))
 
-    def free(self, uint64_t sequence):
-        check(kv_sequence_free(self.cache, sequence))
+    def free(self, SequenceHandle sequence not None):
+        check(kv_sequence_free(self.cache, sequence.value))
+        sequence.value = 0
 
-    def length(self, uint64_t sequence):
+    def length(self, SequenceHandle sequence not None):
         cdef int32_t length
-        check(kv_sequence_length(self.cache, sequence, &length))
+        check(kv_sequence_length(self.cache, sequence.value, &length))
         return length
 
-    def blocks(self, uint64_t sequence, int32_t group):
+    def blocks(self, SequenceHandle sequence not None, int32_t group):
         cdef int32_t count
-        check(kv_sequence_blocks(self.cache, sequence, group, NULL, 0, &count))
+        check(kv_sequence_blocks(self.cache, sequence.value, group, NULL, 0, &count))
         blocks = np.empty(count, np.int32)
-        check(kv_sequence_blocks(self.cache, sequence, group,
+        check(kv_sequence_blocks(self.cache, sequence.value, group,
                                  <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>blocks), count, &count))
         return blocks
 
@@ -363,7 +388,7 @@ cdef class ControlPlane:
             raise MemoryError
         try:
             for i in range(count):
-                entries[i].sequence = handles[i]
+                entries[i].sequence = (<SequenceHandle?>handles[i]).value
                 entries[i].num_new = counts[i]
                 entries[i].tokens = NULL
                 if tokens[i] is not None:
@@ -376,6 +401,7 @@ cdef class ControlPlane:
         check(status)
         step.control = self
         step.plans = []
+        step.handles = handles
         return step
 
     def stats(self):
