@@ -157,12 +157,13 @@ class Scheduler(Generic[RequestT]):
         self.waiting.clear()
 
     def _release(self, request: Request) -> None:
-        if request.sequence is not None:
-            # Ctrl-C can fall between a step's start and its `with`; the sequence is then freed
-            # when the abandoned step is collected.
+        # Ctrl-C can fall between any two lines. Taken out first, the sequence is freed in any case:
+        # here, or when it is dropped.
+        sequence, request.sequence = request.sequence, None
+        if sequence is not None:
+            # Busy is what a step leaves that was interrupted before its `with` began.
             with suppress(SequenceBusy):
-                request.sequence.free()
-            request.sequence = None
+                sequence.free()
 
     def _admit(self) -> bool:
         """Moves the oldest waiting request to the running ones, if there is room for it."""
