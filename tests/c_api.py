@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from ctypes import POINTER, Structure, c_char, c_char_p, c_int32, c_int64, c_size_t, c_uint64
 from ctypes import c_void_p as Pointer
 from pathlib import Path
@@ -71,10 +72,9 @@ class StatusError(Exception):
 
 
 def load():
-    folder = Path(kvcore.get_library_dir())
-    library = ctypes.CDLL(str(next(folder.glob("libkvcore.*"))))
+    name = "libkvcore.dylib" if sys.platform == "darwin" else "libkvcore.so"
+    library = ctypes.CDLL(str(Path(kvcore.get_library_dir()) / name))
     library.kv_status_name.restype = c_char_p
-    library.kv_version.restype = c_char_p
     return library
 
 

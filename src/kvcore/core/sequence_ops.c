@@ -83,7 +83,7 @@ static kv_status adopt_prefix(kv_cache *cache, kv_sequence_state *state, const i
         memcpy(state->tokens, tokens, (size_t)state->length * sizeof *tokens);
     }
     state->num_known = state->length;
-    cache->prefix_queries++;
+    cache->prefix_queries += num_tokens > 0;
     cache->prefix_hits += matched > 0;
     cache->prefix_hit_tokens += state->length;
     return KV_OK;
