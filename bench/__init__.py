@@ -1,0 +1,1 @@
+"""Benchmarks of kvcore: run `python -m bench` in the repository's root."""

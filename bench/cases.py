@@ -1,0 +1,148 @@
+"""What is measured: attention and append over given batches, and what each must read or compute."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+import kvcore
+
+FORMATS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on one layer.
+
+    Attributes:
+        kind: "decode" (limited by reading the cache), "prefill" (limited by arithmetic) or
+            "append" (limited by writing the cache).
+        stored: tokens that each sequence has in the cache before the step.
+        new: new tokens of each sequence.
+        num_heads, num_kv_heads, head_dim: Hq, H and D.
+    """
+
+    name: str
+    kind: str
+    stored: tuple[int, ...]
+    new: tuple[int, ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        return tuple(s + n for s, n in zip(self.stored, self.new, strict=True))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.new)
+
+    @property
+    def query_starts(self) -> list[int]:
+        return [0, *np.cumsum(self.new).tolist()]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 / math.sqrt(self.head_dim)
+
+    def spec(self, kv_format: str, num_layers: int = 1) -> kvcore.CacheSpec:
+        return kvcore.CacheSpec(
+            num_layers=num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            k_format=kv_format,
+            v_format=kv_format,
+        )
+
+    def kv_bytes(self, kv_format: str) -> int:
+        """Bytes of K and V that the call must read, or for an append write."""
+        tokens = self.num_tokens if self.kind == "append" else sum(self.seq_lens)
+        return tokens * self.spec(kv_format).bytes_per_token
+
+    @property
+    def flops(self) -> int:
+        """4 for each head, dim and visible (query, key) pair: one fma for q.k and one for p.v."""
+        if self.kind == "append":
+            return 0
+        pairs = sum(n * s + n * (n + 1) // 2 for s, n in zip(self.stored, self.new, strict=True))
+        return 4 * pairs * self.num_heads * self.head_dim
+
+    @property
+    def description(self) -> str:
+        heads = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+        lengths, count = _span(self.seq_lens), len(self.new)
+        if self.kind == "append":
+            return f"append {_span(self.new)} tokens to each of {count}, {heads}"
+        if self.kind == "decode":
+            return f"decode, batch {count}, contexts {lengths}, {heads}"
+        return f"prefill, {_span(self.new)} new on {_span(self.stored)} stored, {heads}"
+
+
+def _span(values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _decode(name: str, seq_lens: list[int], **heads: int) -> Case:
+    return Case(name, "decode", tuple(n - 1 for n in seq_lens), (1,) * len(seq_lens), **heads)
+
+
+def _append(name: str, num_sequences: int, num_new: int) -> Case:
+    return Case(name, "append", (0,) * num_sequences, (num_new,) * num_sequences)
+
+
+_RAGGED = np.random.default_rng(20).integers(256, 4097, 16).tolist()
+
+CASES = {
+    case.name: case
+    for case in (
+        _decode("decode-4k", [4096]),
+        _decode("decode-32k", [32768]),
+        _decode("decode-ragged", _RAGGED),
+        _decode("decode-mha", [2048] * 8, num_kv_heads=32),
+        _decode("decode-smollm2", [2048] * 8, num_heads=9, num_kv_heads=3, head_dim=64),
+        Case("prefill-2k", "prefill", (0,), (2048,)),
+        Case("prefill-chunk", "prefill", (8192,), (512,)),
+        _append("append-1", 1, 1),
+        _append("append-16x1", 16, 1),
+        _append("append-128", 1, 128),
+        _append("append-2k", 1, 2048),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Random contents in float32.
+
+    Attributes:
+        q: [T, Hq, D], the new tokens of all sequences one after the other.
+        k, v: for each sequence [seq_len, H, D], the new tokens last.
+    """
+
+    q: np.ndarray
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+
+    @classmethod
+    def random(cls, case: Case, seed: int = 0) -> Data:
+        rng = np.random.default_rng(seed)
+
+        def normal(tokens: int, heads: int) -> np.ndarray:
+            return rng.standard_normal((tokens, heads, case.head_dim), np.float32)
+
+        return cls(
+            q=normal(case.num_tokens, case.num_heads),
+            k=[normal(n, case.num_kv_heads) for n in case.seq_lens],
+            v=[normal(n, case.num_kv_heads) for n in case.seq_lens],
+        )
+
+    def new(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """K and V of the new tokens, [T, H, D]."""
+        return (
+            np.concatenate([rows[-n:] for rows, n in zip(self.k, case.new, strict=True)]),
+            np.concatenate([rows[-n:] for rows, n in zip(self.v, case.new, strict=True)]),
+        )

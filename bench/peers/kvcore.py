@@ -1,0 +1,150 @@
+"""kvcore by its public face, and the machine's limit over the very same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bench.cases import Case
+from bench.machine import Waits
+from bench.measure import Cursor, Task, Timing
+from bench.peers import Workload
+from bench.roof import Roof
+from kvcore import KVCache, Sequence, set_num_threads
+
+
+def prepare(workload: Workload, roof: Roof) -> dict[str, Task]:
+    """The tasks "kvcore" and "roof"."""
+    set_num_threads(workload.num_threads)
+    case = workload.case
+    spec = case.spec(workload.kv_format, workload.num_layers)
+    block_size = spec.groups[0].block_size
+    cache = KVCache(spec, num_blocks=sum(-(-n // block_size) for n in case.seq_lens))
+    _scatter(cache)
+    cursor = Cursor(workload.num_layers)
+    if case.kind == "append":
+        return {"kvcore": AppendTask(workload, cache), "roof": ReadTask(roof, case, cache, cursor)}
+    attend = AttendTask(workload, cache, cursor)
+    if case.kind == "prefill":
+        return {"kvcore": attend, "roof": ComputeTask(roof, case)}
+    return {"kvcore": attend, "roof": ReadTask(roof, case, cache, cursor)}
+
+
+class AttendTask(Task):
+    """`Step.attend` in a step whose layers have all been appended."""
+
+    def __init__(self, workload: Workload, cache: KVCache, cursor: Cursor) -> None:
+        case, data = workload.case, workload.data
+        self._cursor, self._layer = cursor, 0
+        self._q = data.q
+        self._out = np.empty_like(data.q)
+        sequences = _fill(cache, workload)
+        self._step = cache.step(list(zip(sequences, case.new, strict=True)))
+        k, v = data.new(case)
+        for layer in range(workload.num_layers):
+            self._step.append(layer, k, v)
+
+    def prepare(self) -> None:
+        self._layer = self._cursor.next()
+
+    def run(self) -> None:
+        self._step.attend(self._layer, self._q, out=self._out)
+
+    def output(self) -> np.ndarray:
+        self.run()
+        return self._out
+
+    def close(self) -> None:
+        self._step.rollback()
+
+
+class AppendTask(Task):
+    """`Step.append` of layer after layer; a step that is full is rolled back for the next."""
+
+    def __init__(self, workload: Workload, cache: KVCache) -> None:
+        case = workload.case
+        self._cache = cache
+        self._num_layers = workload.num_layers
+        self._k, self._v = workload.data.new(case)
+        self._entries = list(zip(_fill(cache, workload), case.new, strict=True))
+        self._step = cache.step(self._entries)
+        for layer in range(self._num_layers):  # the system gives pages when they are first written
+            self._step.append(layer, self._k, self._v)
+        self._layer = self._num_layers - 1
+
+    def prepare(self) -> None:
+        self._layer += 1
+        if self._layer == self._num_layers:
+            self._step.rollback()
+            self._step = self._cache.step(self._entries)
+            self._layer = 0
+
+    def run(self) -> None:
+        self._step.append(self._layer, self._k, self._v)
+
+    def close(self) -> None:
+        self._step.rollback()
+
+
+class ReadTask(Task):
+    """Reads as many bytes of kvcore's own storage as the call must touch.
+
+    The same memory, because which pages a buffer got can decide how fast it is read.
+    """
+
+    def __init__(self, roof: Roof, case: Case, cache: KVCache, cursor: Cursor) -> None:
+        self._roof, self._cursor = roof, cursor
+        tokens = case.num_tokens if case.kind == "append" else sum(case.seq_lens)
+        # kvcore has no public view of a layer's blocks; this stays the only look behind its face.
+        storage: Any = cache._storage
+        pairs = [[blocks.array for blocks in pair] for pair in storage.layers]
+        elements = tokens * case.num_kv_heads * case.head_dim
+        self._layers = [[array.reshape(-1)[:elements] for array in pair] for pair in pairs]
+        self._arrays = self._layers[0]
+
+    def prepare(self) -> None:
+        self._arrays = self._layers[self._cursor.next()]
+
+    def run(self) -> None:
+        self._roof.read(self._arrays)
+
+    def time(self, waits: Waits) -> Timing:
+        return self._roof.read(self._arrays)
+
+
+class ComputeTask(Task):
+    """Multiplies and adds on registers, as many times as the call must."""
+
+    def __init__(self, roof: Roof, case: Case) -> None:
+        self._roof, self._flops = roof, case.flops
+
+    def run(self) -> None:
+        self._roof.compute(self._flops)
+
+    def time(self, waits: Waits) -> Timing:
+        return self._roof.compute(self._flops)
+
+
+def _scatter(cache: KVCache) -> None:
+    """Shuffles the free blocks, as they are in a cache that has been in use for a while."""
+    sequences = [cache.sequence() for _ in range(cache.num_blocks[0])]
+    with cache.step([(sequence, 1) for sequence in sequences]) as step:
+        layer = cache.spec.layers[0]
+        zeros = np.zeros((step.num_tokens, layer.num_kv_heads, layer.head_dim), np.float32)
+        for number in range(cache.spec.num_layers):
+            step.append(number, zeros, zeros)
+    for place in np.random.default_rng(1).permutation(len(sequences)):
+        sequences[place].free()
+
+
+def _fill(cache: KVCache, workload: Workload) -> list[Sequence]:
+    """Sequences with the case's stored tokens; every layer holds the same."""
+    sequences = []
+    for k, v, count in zip(workload.data.k, workload.data.v, workload.case.stored, strict=True):
+        sequences.append(cache.sequence())
+        if count:
+            with cache.step([(sequences[-1], count)]) as step:
+                for layer in range(workload.num_layers):
+                    step.append(layer, k[:count], v[:count])
+    return sequences

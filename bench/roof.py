@@ -1,0 +1,127 @@
+"""The machine's own limits: how fast it reads memory, and how fast it multiplies and adds."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import affinity, out_dir
+from bench.measure import Timing
+
+SOURCE = Path(__file__).with_name("roof.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Medians over several rounds.
+
+    Attributes:
+        read_gbs: GB/s (1e9 bytes) read from memory.
+        fma_gflops: 1e9 float32 flops a second, by fused multiply-adds on registers.
+    """
+
+    num_threads: int
+    read_gbs: float
+    fma_gflops: float
+
+
+class Roof:
+    """The compiled probe.
+
+    Args:
+        num_threads: threads that read or compute, the caller included; each of the others on a
+            CPU of its own.
+
+    Raises:
+        RuntimeError: there is no working C compiler ($CC, else cc).
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._library = _compile()
+        cpus = affinity()
+        pinned = len(cpus) >= num_threads
+        self._cpus = (ctypes.c_int * num_threads)(*cpus[:num_threads]) if pinned else None
+
+    def read(self, arrays: Sequence[np.ndarray]) -> Timing:
+        """Reads dense arrays once."""
+        count = len(arrays)
+        pointers = (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays))
+        lengths = (ctypes.c_size_t * count)(*(array.nbytes // 4 for array in arrays))
+        return _timed(
+            self._library.roof_read, pointers, lengths, count, self.num_threads, self._cpus
+        )
+
+    def compute(self, flops: float) -> Timing:
+        """Does that many flops, shared by the threads."""
+        iterations = max(1, round(flops / self.num_threads / self._library.roof_flops()))
+        return _timed(self._library.roof_fma, iterations, self.num_threads, self._cpus)
+
+    def limits(self, nbytes: int, rounds: int = 9) -> Limits:
+        """Reads `nbytes` and computes for a tenth of a second or so, `rounds` times each."""
+        memory = np.ones(nbytes // 4, np.float32)
+        flops = 2e9 * self.num_threads
+        flops *= 0.1 / self.compute(flops).seconds
+        reads = [self.read([memory]).seconds for _ in range(rounds)]
+        computes = [self.compute(flops).seconds for _ in range(rounds)]
+        return Limits(
+            num_threads=self.num_threads,
+            read_gbs=memory.nbytes / statistics.median(reads) / 1e9,
+            fma_gflops=flops / statistics.median(computes) / 1e9,
+        )
+
+
+def _compile() -> ctypes.CDLL:
+    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS]
+    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:12]
+    target = out_dir() / f"roof-{key}.so"
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        try:
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(unfinished)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        except FileNotFoundError as error:
+            raise RuntimeError(f"the bench needs a C compiler: {error}") from None
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{shlex.join(error.cmd)} failed:\n{error.stderr}") from None
+        unfinished.replace(target)
+    library = ctypes.CDLL(str(target))
+    library.roof_read.restype = library.roof_fma.restype = ctypes.c_double
+    library.roof_read.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    library.roof_fma.argtypes = [
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _timed(function: Any, *arguments: Any) -> Timing:
+    waited = ctypes.c_double()
+    seconds = function(*arguments, ctypes.byref(waited))
+    if seconds < 0:
+        raise RuntimeError("the system gave the probe no thread")
+    return Timing(seconds, waited.value)
