@@ -93,6 +93,12 @@ def is_readable(array: np.ndarray) -> bool:
     )
 
 
+def dense(array: Any, dtype: np.dtype | type | None = None) -> np.ndarray:
+    """`array` as C-contiguous, aligned memory, copied only when it is not."""
+    result = np.ascontiguousarray(array, dtype=dtype)
+    return result if result.flags.aligned else result.copy()
+
+
 def as_rows(value: Any, argument: str) -> tuple[np.ndarray, int]:
     """`value` as an array that the core reads, copied only when its strides forbid, and its dtype."""
     array = as_array(value, argument)
@@ -100,7 +106,7 @@ def as_rows(value: Any, argument: str) -> tuple[np.ndarray, int]:
     if array.ndim < 3:  # the caller tells what was expected
         return array, number
     if not is_readable(array):
-        array = np.ascontiguousarray(array)
+        array = array.copy(order="C")
     return array, number
 
 
@@ -136,9 +142,18 @@ def check_rows(
         )
 
 
+def _from_list(value: Any, argument: str) -> np.ndarray:
+    if not isinstance(value, list | tuple):
+        return as_array(value, argument)
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise InvalidArgument(f"{argument}: expected ints, got lists of unequal length") from None
+
+
 def as_token_ids(value: Any, argument: str) -> np.ndarray:
     """Token ids as a dense int32 [n]."""
-    array = np.asarray(value) if isinstance(value, list | tuple) else as_array(value, argument)
+    array = _from_list(value, argument)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidArgument(
             f"{argument}: expected a list or 1-D array of int token ids, "
@@ -150,18 +165,18 @@ def as_token_ids(value: Any, argument: str) -> np.ndarray:
             f"{argument}: expected token ids from 0 to {info.max}, "
             f"got {array.min()} to {array.max()}"
         )
-    return np.ascontiguousarray(array, dtype=np.int32)
+    return dense(array, np.int32)
 
 
 def as_index(value: Any, argument: str, ndim: int) -> np.ndarray:
     """An index array as dense int32 with `ndim` axes."""
-    array = np.asarray(value) if isinstance(value, list | tuple) else as_array(value, argument)
+    array = _from_list(value, argument)
     if array.ndim != ndim or array.dtype.kind not in "iu":
         raise InvalidArgument(
             f"{argument}: expected a {ndim}-D array of ints, "
             f"got {array.dtype.name} of shape {list(array.shape)}"
         )
-    result = np.ascontiguousarray(array, dtype=np.int32)
-    if array.dtype.itemsize > 4 and not np.array_equal(result, array):
+    result = dense(array, np.int32)
+    if array.dtype != np.int32 and not np.array_equal(result, array):
         raise InvalidArgument(f"{argument}: expected values that fit int32")
     return result

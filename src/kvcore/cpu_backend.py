@@ -133,14 +133,15 @@ class CpuBackend:
         return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
 
     def merge_states(self, outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
-        parts = np.ascontiguousarray(arrays.as_array(outs, "outs"), dtype=np.float32)
-        part_lses = np.ascontiguousarray(arrays.as_array(lses, "lses"), dtype=np.float32)
-        if parts.ndim < 3 or parts.shape[0] < 1:
+        parts = _float32(outs, "outs")
+        part_lses = _float32(lses, "lses")
+        if parts.ndim < 2 or parts.shape[0] < 1 or parts.shape[-1] % 8 or not parts.shape[-1]:
             raise InvalidArgument(
-                f"outs: expected shape [P, ..., D] with P >= 1, got {list(parts.shape)}"
+                "outs: expected shape [P, ..., D] with P >= 1 and D a multiple of 8, "
+                f"got {list(parts.shape)}"
             )
         checks.shape(part_lses.shape, parts.shape[:-1], "lses", "outs.shape[:-1]")
-        out, lse = np.empty(parts.shape[1:], np.float32), np.empty(lses.shape[1:], np.float32)
+        out, lse = np.empty(parts.shape[1:], np.float32), np.empty(part_lses.shape[1:], np.float32)
         if lse.size:
             flat = parts.reshape(parts.shape[0], -1, parts.shape[-1])
             attention.merge_states(flat, part_lses.reshape(len(flat), -1), out, lse)
@@ -148,9 +149,9 @@ class CpuBackend:
 
     def quantize(self, x: Any, format: str) -> np.ndarray:
         target = get_format(format)
-        rows = np.ascontiguousarray(arrays.as_array(x, "x"))
+        rows = arrays.dense(arrays.as_array(x, "x"))
         number = arrays.dtype_number(rows, "x")
-        if rows.ndim < 1 or rows.shape[-1] % 8:
+        if rows.shape[-1] % 8:
             raise InvalidArgument(
                 f"x: expected a last axis that is a multiple of 8, got shape {list(rows.shape)}"
             )
@@ -162,7 +163,7 @@ class CpuBackend:
     def dequantize(self, code: Any, format: str) -> np.ndarray:
         source = get_format(format)
         codes = _storage_view(arrays.as_array(code, "code"), source, "code")
-        codes = np.ascontiguousarray(codes)
+        codes = arrays.dense(codes)
         rows = np.empty(codes.shape, np.float32)
         if rows.size:
             flat = rows.reshape(-1, rows.shape[-1])
@@ -227,6 +228,13 @@ def _attend(
         plan, rows, dtype, k_blocks, v_blocks, target, number, scale, options.exact, lse
     )
     return (target, lse) if return_lse else target
+
+
+def _float32(value: Any, argument: str) -> np.ndarray:
+    array = arrays.as_array(value, argument)
+    if array.dtype != np.float32:
+        raise InvalidType(f"{argument}: expected float32, got {array.dtype}")
+    return arrays.dense(array)
 
 
 def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -130,14 +130,18 @@ def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = Non
     """
     rows, weights = _matrix(x, "x"), _matrix(w, "w")
     count, inputs = rows.shape
+    if not inputs:
+        raise InvalidArgument(f"x: expected shape [R, K] with K >= 1, got {list(rows.shape)}")
     checks.shape(weights.shape, (weights.shape[0], inputs), "w", "[N, K]")
     target = np.empty((count, weights.shape[0]), np.float32) if out is None else out
-    if target is out:
+    if out is not None:
+        if not isinstance(out, np.ndarray):
+            raise InvalidType(f"out: expected a NumPy array, got {type(out).__name__}")
         checks.shape(out.shape, (count, weights.shape[0]), "out", "[R, N]")
         if _matrix(out, "out") is not out or not out.flags.writeable:
             raise InvalidArgument("out: expected a writable float32 array with dense rows")
     if bias is not None:
-        bias = np.ascontiguousarray(bias, dtype=np.float32)
+        bias = arrays.dense(bias, np.float32)
         checks.shape(bias.shape, (weights.shape[0],), "bias", "[N]")
     if count and weights.shape[0]:
         _linear.linear(rows, weights, bias, target)
@@ -147,7 +151,8 @@ def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = Non
 def _matrix(value: Any, argument: str) -> np.ndarray:
     array = arrays.as_array(value, argument)
     if array.dtype != np.float32:
-        raise InvalidType(f"{argument}: expected float32, got {array.dtype.name}")
+        raise InvalidType(f"{argument}: expected float32, got {array.dtype}")
     if array.ndim != 2:
         raise InvalidArgument(f"{argument}: expected 2 axes, got shape {list(array.shape)}")
-    return array if arrays.is_readable(array) else np.ascontiguousarray(array)
+    readable = arrays.is_readable(array) and array.strides[0] >= array.shape[1] * array.itemsize
+    return array if readable else array.copy(order="C")
