@@ -140,9 +140,9 @@ def measure(
                 for name in names[first:] + names[:first]:
                     time.sleep(SETTLE_SECONDS)  # the last peer's threads may still be spinning
                     samples[name].add(_burst(tasks[name], bursts[name], waits))
-                spent = (time.perf_counter() - start) / (seconds * len(names))
                 starved = any(sample.is_contended for sample in samples.values())
-                if number + 1 >= min_rounds and spent > (2 if starved else 1):
+                budget = seconds * len(names) * (2 if starved else 1)
+                if number + 1 >= min_rounds and time.perf_counter() - start > budget:
                     break
     finally:
         gc.enable()
