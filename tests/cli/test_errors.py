@@ -28,7 +28,7 @@ def one_error_line(result):
         (["generate", "x", "--model", "smollm3"], "smollm2"),
         (["generate", "x", "--temperature", "-1"], "temperature: expected"),
         (["generate", "x", "--top-p", "2"], "top_p: expected"),
-        (["generate", "x", "--threads", "1000"], "count: expected"),
+        (["generate", "x", "--threads", "1000"], "--threads"),
         (["generate", "x", "--file", "/nowhere"], "No such file"),
         (["generate", "x", "--memory", "1GiB", "--num-blocks", "3"], "--memory and --num-blocks"),
         (["generate", "x", "--system", "be kind"], "--chat"),
@@ -85,6 +85,27 @@ def test_without_click_a_sentence_says_how_to_install_it():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr == ('error: the command line needs click; run: pip install "kvcore[cli]"\n')
+
+
+def test_info_needs_none_of_the_packages_that_models_need():
+    blocked = ["gguf", "jinja2", "safetensors", "tokenizers", "tqdm"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv = ['kvcore', 'info'];"
+        "import kvcore.cli; kvcore.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_missing_package_of_models_is_one_line():
+    code = (
+        "import sys; sys.modules['gguf'] = None; sys.argv = ['kvcore', 'generate', 'x'];"
+        "import kvcore.cli; kvcore.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "pip install" in done.stderr
 
 
 def test_a_closed_pipe_is_quiet():

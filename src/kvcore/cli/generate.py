@@ -54,7 +54,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 @click.option("--max-batch", default=16, show_default=True, help="Texts that advance together.")
 @click.option("--prefill-budget", default=512, show_default=True,
               help="Prompt tokens in one step, at most.")  # fmt: skip
-@click.option("--threads", type=int, help="Threads of kvcore's kernels.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Threads of kvcore's kernels.")
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each prompt.")
 @click.option("--stats", is_flag=True, help="Tell what the cache did (on stderr, or in JSON).")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import get_num_threads, ops
+from .. import get_num_threads
 from ..cache import KVCache
 from ..models import Model
 from ..models.weights import DecoderWeights
 from ..sequence import Sequence
-
-PROBE_BYTES = 256 << 20  # far more than the caches of a CPU hold
-PROBE_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,8 @@ class TokenCost:
     recomputed: float
 
 
-def token_cost(
-    model: Model, cache: KVCache, tokens: NDArray[np.int32], *, cached_rounds: int = 7
-) -> TokenCost:
-    """The next token with the text in the cache, and with nothing kept: medians.
+def token_cost(model: Model, cache: KVCache, tokens: NDArray[np.int32]) -> TokenCost:
+    """The next token with the text in the cache, and with nothing kept: the best of some rounds.
 
     Recomputation runs the whole text through the same decoder and kernels, and the output head for
     its last token alone, which is the fastest way that this library has to start over.
@@ -42,17 +36,16 @@ def token_cost(
         tokens: the text [n].
     """
     length = len(tokens)
-    recomputed = []
+    cached, recomputed = [], []
     sequence = cache.sequence()
-    for _ in range(2 if length <= 512 else 1):
+    for _ in range(3 if length <= 256 else 2):
         sequence.truncate(0)
         recomputed.append(_seconds(lambda: _forward(model, cache, sequence, tokens)))
-    cached = []
-    for _ in range(cached_rounds):
-        sequence.truncate(length - 1)
-        cached.append(_seconds(lambda: _forward(model, cache, sequence, tokens[-1:])))
+        for _ in range(5):
+            sequence.truncate(length - 1)
+            cached.append(_seconds(lambda: _forward(model, cache, sequence, tokens[-1:])))
     sequence.free()
-    return TokenCost(length, statistics.median(cached), min(recomputed))
+    return TokenCost(length, min(cached), min(recomputed))
 
 
 def continue_text(
@@ -76,30 +69,48 @@ def continue_text(
     return seconds, tokens[len(prompt) :].tolist()
 
 
-def weight_bytes(weights: DecoderWeights) -> int:
-    """Bytes of weights that one token reads: all but an embedding that is not the head as well."""
-    tied = weights.head is weights.embedding
-    return weights.nbytes - (0 if tied else int(weights.embedding.nbytes))
+@dataclass(frozen=True)
+class ReadingCost:
+    """A token beside the bare reading of the weights that it needs: bytes and seconds."""
+
+    nbytes: int
+    token: float
+    reading: float
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that this machine reads from memory, with as many threads as kvcore uses.
+def reading_cost(model: Model, cache: KVCache, tokens: NDArray[np.int32]) -> ReadingCost:
+    """The next token of a text, and NumPy's maximum over the same weights in as many threads.
 
-    The best of several rounds of two readers over 256 MiB: NumPy's maximum in threads of its own,
-    and one matrix product of `ops.linear`.
+    The two take turns, on the same memory, and the best of each counts: a machine's speed changes
+    with its other work, and a buffer's with the pages that it got.
     """
-    threads = get_num_threads()
-    data = np.ones(PROBE_BYTES // 4, np.float32)
-    parts = np.array_split(data, threads)
-    matrix = data.reshape(-1, 4096)
-    x, out = np.ones((1, 4096), np.float32), np.empty((1, len(matrix)), np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-        readers: list[Callable[[], object]] = [
-            lambda: list(pool.map(np.max, parts)),
-            lambda: ops.linear(x, matrix, None, out),
-        ]
-        best = min(_seconds(reader) for _ in range(PROBE_ROUNDS) for reader in readers)
-    return PROBE_BYTES / best
+    num_threads = get_num_threads()
+    shares = _weight_shares(model.decoder.weights, num_threads)
+    sequence = cache.sequence()
+    _forward(model, cache, sequence, tokens[:-1])
+    token, reading = [], []
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(15):
+            reading.append(_seconds(lambda: list(pool.map(_read_all, shares))))
+            sequence.truncate(len(tokens) - 1)
+            token.append(_seconds(lambda: _forward(model, cache, sequence, tokens[-1:])))
+    sequence.free()
+    nbytes = sum(array.nbytes for share in shares for array in share)
+    return ReadingCost(nbytes, min(token), min(reading))
+
+
+def _weight_shares(weights: DecoderWeights, count: int) -> list[list[NDArray[np.float32]]]:
+    """What one token reads, cut into `count` equal shares. An embedding is one row unless tied."""
+    arrays = [weights.norm, weights.head]
+    for layer in weights.layers:
+        arrays += [array for array in vars(layer).values() if array is not None]
+    parts = [np.array_split(array, count) for array in arrays]
+    return [[part[share] for part in parts] for share in range(count)]
+
+
+def _read_all(arrays: list[NDArray[np.float32]]) -> None:
+    for array in arrays:
+        array.max(initial=0.0)
 
 
 def _forward(
