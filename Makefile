@@ -15,11 +15,12 @@ C_FILES := $(shell find src/kvcore/core src/kvcore/include examples tests bench 
 
 # Where Python's headers are unpacked when the system has none; see tools/python_headers.sh.
 HEADERS := $(CURDIR)/.venv/headers/usr/include
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CPATH := $(HEADERS)/python3:$(HEADERS)$(if $(CPATH),:$(CPATH))
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-oracle test-slow build lint format bench clean distclean
+.PHONY: help demo test test-oracle test-slow test-sanitize build lint format bench clean distclean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -36,12 +37,17 @@ test-oracle: $(STAMPS)/build $(STAMPS)/extra-oracle $(STAMPS)/model ## against t
 test-slow: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the large grids; minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-sanitize: $(STAMPS)/build $(STAMPS)/extra-test ## the core's tests under sanitizers
+	@tools/sanitize.sh $(BIN)/python
+
 build: $(STAMPS)/build $(STAMPS)/extra-cli ## the C core and the extensions, in place
 
-lint: $(STAMPS)/extra-lint ## ruff, mypy, cython-lint, clang-format
+lint: $(STAMPS)/build $(STAMPS)/extra-lint ## ruff, mypy, stubtest, cython-lint, clang-format
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
+	$(BIN)/stubtest --concise --ignore-disjoint-bases --ignore-unused-allowlist \
+		--allowlist tools/stubtest_allowlist.txt kvcore._native
 	$(BIN)/cython-lint src/kvcore
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 

@@ -98,6 +98,13 @@ class BuildExt(build_ext):
         return [*super().get_outputs(), str(self.library_dir / LIBRARY)]
 
 
+class BuildCore(BuildExt):
+    """Builds the shared core alone: what the sanitizers look at."""
+
+    def build_extensions(self) -> None:
+        self.build_core()
+
+
 def require_python_headers() -> None:
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
     if not any(folder and Path(folder, "Python.h").exists() for folder in folders):
@@ -142,4 +149,4 @@ def cythonized() -> list[Extension]:
     )
 
 
-setup(ext_modules=cythonized(), cmdclass={"build_ext": BuildExt})
+setup(ext_modules=cythonized(), cmdclass={"build_core": BuildCore, "build_ext": BuildExt})
