@@ -275,9 +275,16 @@ def test_bad_options_are_named(options, error, model):
     assert model.decoder.steps == []
 
 
-def test_one_string_is_not_a_list_of_prompts(model):
-    with pytest.raises(InvalidType, match="put it in a list"):
-        generate(model, "123")
+@pytest.mark.parametrize("prompts", ["123", b"123", None, 7, iter([[1]])])
+def test_what_is_no_list_of_prompts_is_refused(prompts, model):
+    with pytest.raises(InvalidType, match=r"^prompts: expected a list .* got"):
+        generate(model, prompts)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1}, [0.5, 0.5]])
+def test_sampling_must_be_sampling_params(sampling, model):
+    with pytest.raises(InvalidType, match=r"^sampling: expected SamplingParams"):
+        generate(model, [[1], [2]], sampling=sampling)
 
 
 def test_a_text_that_can_never_fit_is_refused_when_it_comes(model, make_cache):

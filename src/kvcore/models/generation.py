@@ -136,8 +136,9 @@ def _events(generator: Generator) -> Iterating[TokenEvent, None, None]:
 
 
 def _encode(model: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    if isinstance(prompts, (str, bytes)):
-        raise InvalidType("prompts: expected a list of prompts, got one string: put it in a list")
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__len__"):
+        came = type(prompts).__name__
+        raise InvalidType(f"prompts: expected a list of prompts, got {came}; put one into a list")
     encoded = []
     for index, prompt in enumerate(prompts):
         try:
@@ -152,6 +153,10 @@ def _params(
 ) -> Sequence[SamplingParams | None]:
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling] * num_prompts
+    if not isinstance(sampling, Sequence):
+        raise InvalidType(
+            f"sampling: expected SamplingParams or a list of them, got {type(sampling).__name__}"
+        )
     if len(sampling) != num_prompts:
         raise InvalidArgument(
             f"sampling: expected one for all or one for each of {num_prompts} prompts, "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..cache import KVCache
-from ..errors import InvalidArgument, ModelFileError, OutOfBlocks
+from ..errors import InvalidArgument, InvalidType, ModelFileError, OutOfBlocks
 from .completion import Completion, FinishReason, Metrics, TokenEvent
 from .prompts import Prompt, encode_prompt, text_length
 from .sampling import Sampler, SamplingParams, sample_batch
@@ -141,6 +141,8 @@ class Generator:
             ModelFileError: the prompt is text and the model has no tokenizer.
         """
         sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidType(f"sampling: expected SamplingParams, got {type(sampling).__name__}")
         rules = StopRules.parse(stop, self.model.config.vocab_size)
         tokens = encode_prompt(self.model, prompt)
         request = TextRequest(
@@ -177,8 +179,7 @@ class Generator:
                     if events[-1].completion is not None:
                         self.scheduler.remove(work.request)
         except BaseException:
-            while self.scheduler.running:
-                self.scheduler.preempt()
+            self.scheduler.suspend()
             raise
         if batch:
             decodes = all(work.tokens.size == 1 and work.wants_logits for work, _ in batch)

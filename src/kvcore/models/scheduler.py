@@ -133,14 +133,16 @@ class Scheduler(Generic[RequestT]):
 
     def preempt(self) -> RequestT:
         """Takes the blocks of the youngest running request; it runs again when there is room."""
-        request = self.running[-1]
+        request = self._requeue_youngest()
         request.num_preemptions += 1
-        self._release(request)
-        self.waiting.appendleft(request)
-        self.running.pop()
         # What it gave back is for the others: nobody joins before one of them leaves.
         self._try_admission = False
         return request
+
+    def suspend(self) -> None:
+        """Takes the blocks of all running requests; they run again with the next step."""
+        while self.running:
+            self._requeue_youngest()
 
     def remove(self, request: RequestT) -> None:
         """Frees a request that came to its end or is not wanted any more."""
@@ -155,6 +157,15 @@ class Scheduler(Generic[RequestT]):
             self._release(request)
         self.running.clear()
         self.waiting.clear()
+
+    def _requeue_youngest(self) -> RequestT:
+        request = self.running[-1]
+        self._release(request)
+        # It waits already if Ctrl-C fell into the middle of a move from one queue to the other.
+        if not (self.waiting and self.waiting[0] is request):
+            self.waiting.appendleft(request)
+        self.running.pop()
+        return request
 
     def _release(self, request: Request) -> None:
         # Ctrl-C can fall between any two lines. Taken out first, the sequence is freed in any case:
