@@ -19,7 +19,7 @@ class Progress:
         self._bar: Any = None
         if enabled:
             try:
-                from tqdm import tqdm  # type: ignore[import-untyped]
+                from tqdm import tqdm
             except ImportError:
                 raise MissingExtra(
                     'progress: expected tqdm to be installed; run: pip install "kvcore[cli]"'
