@@ -1,4 +1,4 @@
-"""Attention in float64 NumPy, written from the formula, and the distances that docs/numerics.md allows."""
+"""Attention in float64 NumPy, from the formula, and the distances that docs/numerics.md allows."""
 
 from __future__ import annotations
 

@@ -1,11 +1,20 @@
-"""libkvcore's control plane through ctypes: what a C program sees, without the Python package's code."""
+"""libkvcore's control plane through ctypes: what a C program sees, without kvcore's own Python."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import POINTER, Structure, c_char, c_char_p, c_int32, c_int64, c_size_t, c_uint64
-from ctypes import c_void_p as Pointer
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char,
+    c_char_p,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 import numpy as np
@@ -87,11 +96,9 @@ class CCache:
             *((g.block_size, n) for g, n in zip(spec.groups, num_blocks, strict=True))
         )
         layers = (LayerConfig * spec.num_layers)(*((x.group, x.kv_source) for x in spec.layers))
-        config = CacheConfig(
-            ctypes.sizeof(CacheConfig), len(groups), groups, len(layers), layers
-        )
+        config = CacheConfig(ctypes.sizeof(CacheConfig), len(groups), groups, len(layers), layers)
         self.num_groups, self.spec = len(groups), spec
-        self.cache = Pointer()
+        self.cache = c_void_p()
         self.call("cache_create", ctypes.byref(config), ctypes.byref(self.cache))
 
     def call(self, name, *arguments):
@@ -146,7 +153,7 @@ class CCache:
             entry.num_new = new if isinstance(new, int) else len(new)
             if not isinstance(new, int):
                 entry.tokens = new.ctypes.data_as(POINTER(c_int32))
-        step, shortage = Pointer(), Shortage()
+        step, shortage = c_void_p(), Shortage()
         try:
             self.call(
                 "step_begin",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
@@ -112,7 +113,7 @@ def cuts(draw, length: int, most=6) -> list[int]:
     """Sizes of consecutive chunks that make up `length`."""
     inner = draw(st.sets(st.integers(1, length - 1), max_size=most - 1)) if length > 1 else set()
     edges = [0, *sorted(inner), length]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 @st.composite

@@ -7,10 +7,12 @@ import types
 
 import numpy as np
 import pytest
-from support import BFLOAT16, DTYPES, assert_same_bits, make_cache, random_kv, random_q
 
 import kvcore
 from kvcore import arrays
+from support import BFLOAT16, DTYPES, assert_same_bits, make_cache, random_kv, random_q
+
+REFUSALS = (kvcore.InvalidArgument, kvcore.InvalidType)
 
 
 class Interface:
@@ -154,16 +156,17 @@ def test_any_mix_of_dtypes(kvq, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [">f4", ">f2", "float64", "int32", "int8", "uint16", "bool", "complex64", "S4", "object"]
+    "dtype",
+    [">f4", ">f2", "float64", "int32", "int8", "uint16", "bool", "complex64", "S4", "object"],
 )
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(kvcore.InvalidType, match="^x: .*float32, float16 or bfloat16"):
+    with pytest.raises(kvcore.InvalidType, match=r"^x: .*float32, float16 or bfloat16"):
         arrays.as_rows(np.zeros((2, 2, 8), dtype), "x")
 
 
 @pytest.mark.parametrize("value", [None, 1.0, "text", [[1.0]], object(), {}])
 def test_other_objects_are_refused(value):
-    with pytest.raises(kvcore.InvalidType, match="^x: expected an array"):
+    with pytest.raises(kvcore.InvalidType, match=r"^x: expected an array"):
         arrays.as_array(value, "x")
 
 
@@ -197,7 +200,9 @@ class TestTokenIds:
         ids=repr,
     )
     def test_are_not_taken_from(self, tokens):
-        with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match="^tokens: expected"):
+        with pytest.raises(
+            (kvcore.InvalidArgument, kvcore.InvalidType), match=r"^tokens: expected"
+        ):
             arrays.as_token_ids(tokens, "tokens")
 
     def test_of_the_whole_range(self):

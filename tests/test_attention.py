@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attention_oracle import assert_close, attention
 from hypothesis import given, settings
+
+import kvcore
+from attention_oracle import assert_close, attention
 from strategies import problems
 from support import (
     DTYPES,
@@ -20,8 +22,6 @@ from support import (
     random_q,
     to_layout,
 )
-
-import kvcore
 
 ISAS = kvcore.available_isas()
 
@@ -39,9 +39,7 @@ def solve(problem):
         for length in problem.lengths
     ]
     fill(cache, sequences, texts, problem.contexts)
-    q = random_q(
-        rng, sum(problem.news), problem.num_heads, layer.head_dim, problem.q_dtype
-    )
+    q = random_q(rng, sum(problem.news), problem.num_heads, layer.head_dim, problem.q_dtype)
     with cache.step(list(zip(sequences, problem.news, strict=True))) as step:
         append_rest(step, texts, problem.contexts, problem.layout)
         out, lse = step.attend(
@@ -123,9 +121,7 @@ def test_context_lengths_at_the_edges(isa, format, head_dim):
         v_format=format,
     )
     news = [1 + i % 5 for i in range(len(EDGES))]
-    texts = [
-        random_kv(rng, c + n, cache.spec.layers[0]) for c, n in zip(EDGES, news, strict=True)
-    ]
+    texts = [random_kv(rng, c + n, cache.spec.layers[0]) for c, n in zip(EDGES, news, strict=True)]
     q = random_q(rng, sum(news), 3, head_dim)
     with machine(isa):
         starts, (out, lse) = attend_once(cache, texts, EDGES, q, return_lse=True)

@@ -1,14 +1,15 @@
 """Any order of calls against a plain model: lengths, contents, owners and accounts.
 
-The model of a sequence is the list of its tokens' marks. A mark is a number made of the salt and of
-every token up to this one, and it is what the cache stores as K and V; so a row that is lost, stale,
-foreign or written over reads back as another number.
+The model of a sequence is the list of its tokens' marks. A mark is a number made of the salt and
+of every token up to this one, and it is what the cache stores as K and V; so a row that is lost,
+stale, foreign or written over reads back as another number.
 """
 
 from __future__ import annotations
 
 import collections
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import assert_balanced, poison
 
 import kvcore
+from support import assert_balanced, poison
 
 HEAD_DIM = 8
 SPAN = 32  # tokens of the largest block: prefixes are found in steps of it
@@ -91,7 +92,7 @@ class OpenStep:
 
 
 class ControlPlane(RuleBasedStateMachine):
-    operations = collections.Counter()
+    operations: ClassVar[collections.Counter[str]] = collections.Counter()
 
     texts = Bundle("texts")
     steps = Bundle("steps")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, FORMATS, block_sizes, cuts, head_dims, seeds
-from support import assert_same_bits, machine, make_cache, poison, random_kv, random_q
 
 import kvcore
+from strategies import DTYPES, FORMATS, block_sizes, cuts, head_dims, seeds
+from support import assert_same_bits, machine, make_cache, random_kv, random_q
 
 ISAS = kvcore.available_isas()
 
@@ -95,9 +95,7 @@ def test_alone_or_in_any_batch(isa, data, format, seed):
         started = [i for i in order if contexts[i]]
         if started:
             run(cache, [(sequences[i], texts[i], contexts[i]) for i in started])
-        together = run(
-            cache, [(sequences[i], texts[i], lengths[i] - contexts[i]) for i in order]
-        )
+        together = run(cache, [(sequences[i], texts[i], lengths[i] - contexts[i]) for i in order])
     for i, result in zip(order, together, strict=True):
         assert_same(result, alone[i], f"text {i}")
 
@@ -118,9 +116,7 @@ def test_on_one_to_four_threads(isa, format, shape):
         with machine(isa, num_threads):
             cache = cache_for(lengths, format=format, block_size=64, num_kv_heads=heads)
             sequences = [cache.sequence() for _ in texts]
-            old = [
-                (s, t, len(t) - n) for s, t, n in zip(sequences, texts, news, strict=True)
-            ]
+            old = [(s, t, len(t) - n) for s, t, n in zip(sequences, texts, news, strict=True)]
             run(cache, [entry for entry in old if entry[2]])
             results.append(run(cache, list(zip(sequences, texts, news, strict=True))))
     for num_threads, result in enumerate(results, start=1):

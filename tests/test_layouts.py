@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+import kvcore
 from strategies import DTYPES, LAYOUTS
 from support import (
     assert_same_bits,
@@ -15,8 +17,6 @@ from support import (
     random_q,
     to_layout,
 )
-
-import kvcore
 
 NEWS = [7, 1, 20, 3]
 PADDED = [layout for layout in LAYOUTS if layout.startswith("B")]
@@ -75,14 +75,14 @@ def test_out_has_the_layouts_shape(cache, rng, layout):
     k, v = random_kv(rng, sum(NEWS), cache.spec.layers[0])
     q = random_q(rng, sum(NEWS), 6, 24)
     out, lse, _, _ = run(cache, k, v, q, layout, extra=2)
-    T, S, n = sum(NEWS), len(NEWS), max(NEWS) + 2
+    total, count, n = sum(NEWS), len(NEWS), max(NEWS) + 2
     shapes = {
-        "NHD": (T, 6, 40),
-        "HND": (6, T, 40),
-        "BSHD": (S, n, 6, 40),
-        "BHSD": (S, 6, n, 40),
+        "NHD": (total, 6, 40),
+        "HND": (6, total, 40),
+        "BSHD": (count, n, 6, 40),
+        "BHSD": (count, 6, n, 40),
     }
-    assert out.shape == shapes[layout] and lse.shape == (T, 6)
+    assert out.shape == shapes[layout] and lse.shape == (total, 6)
 
 
 @pytest.mark.parametrize("append_layout", LAYOUTS)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
-from attention_oracle import assert_close, assert_within, attention, merge
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import kvcore
+from attention_oracle import assert_close, assert_within, attention, merge
+from kvcore import ops
 from strategies import DTYPES, FORMATS, seeds
 from support import (
     BFLOAT16,
@@ -21,9 +26,6 @@ from support import (
     random_q,
     stored,
 )
-
-import kvcore
-from kvcore import ops
 
 ISAS = kvcore.available_isas()
 LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16}
@@ -127,9 +129,7 @@ class TestAppendKv:
         cache = make_cache(6, head_dim_v=24, k_format=format, v_format=format)
         a = cache.sequence()
         k, v = random_kv(rng, 40, cache.spec.layers[0], dtype)
-        arrays = [
-            np.full(in_layout(x, layout).shape, np.nan, x.dtype) for x in stored(cache, 0)
-        ]
+        arrays = [np.full(in_layout(x, layout).shape, np.nan, x.dtype) for x in stored(cache, 0)]
         with machine(isa), cache.step([(a, 40)]) as step:
             step.append(0, k, v)
             ops.append_kv(k, v, *arrays, step.plan().slots, layout=layout)
@@ -165,12 +165,13 @@ class TestMergeStates:
         k, v = (rng.standard_normal((100, 2, 32)) for _ in range(2))
         edges = np.linspace(0, 91, parts + 1).astype(int)
         outs, lses = [], []
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             # The last part has the new tokens' own triangle; the others all queries see whole.
             stop = 100 if stop == 91 else stop
-            single = [attention(q[i : i + 1], k[start:e], v[start:e]) for i, e in enumerate(
-                np.minimum(stop, np.arange(92, 101))
-            )]
+            single = [
+                attention(q[i : i + 1], k[start:e], v[start:e])
+                for i, e in enumerate(np.minimum(stop, np.arange(92, 101)))
+            ]
             outs.append(np.concatenate([r.out for r in single]))
             lses.append(np.concatenate([r.lse for r in single]))
         with machine(isa):
@@ -233,7 +234,7 @@ def every_value(dtype):
 
 
 def telling_floats(dtype):
-    """float32 numbers around every value of a 16-bit format: itself, the ties, and their neighbours."""
+    """float32 numbers around every value of a 16-bit format: it, the ties, their neighbours."""
     values = every_value(dtype).astype(np.float32)
     values = values[np.isfinite(values)]
     values = np.sort(values)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import append_all, grow, make_cache
-from traces import CPlayer, PythonPlayer, make_trace
 
 import kvcore
+from support import append_all, grow, make_cache
+from traces import CPlayer, PythonPlayer, make_trace
 
 TRACED = {
     "one group": (kvcore.CacheSpec(1, 1, 8, block_size=16, k_format="fp16"), (24,)),
@@ -72,9 +72,9 @@ class TestDeterminism:
 
 def unpack(plan, groups):
     """The parts of a plan's buffer as kvcore.h lays them out."""
-    S, rest = plan.num_sequences, plan.buffer
-    parts = [rest[: S + 1], rest[S + 1 : 2 * S + 1]]
-    rest = rest[2 * S + 1 :]
+    count, rest = plan.num_sequences, plan.buffer
+    parts = [rest[: count + 1], rest[count + 1 : 2 * count + 1]]
+    rest = rest[2 * count + 1 :]
     for group in groups:
         sizes = [plan.num_tokens, group.copies.size, group.new_blocks.size]
         edges = np.cumsum(sizes)

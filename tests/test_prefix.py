@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import append_all, assert_balanced, assert_same_bits, grow, make_cache
 
 import kvcore
+from support import append_all, assert_balanced, assert_same_bits, grow, make_cache
 
 
 @pytest.fixture
@@ -108,8 +108,10 @@ class TestComparison:
             sequence = cache.sequence(tokens, salt=salt)
             assert len(sequence) == min(best, (len(tokens) - 1) // 16) * 16
             for other, held in published.items():
-                if other[1] == salt and len(sequence) and other[0][: len(sequence)] == tuple(
-                    tokens[: len(sequence)]
+                if (
+                    other[1] == salt
+                    and len(sequence)
+                    and other[0][: len(sequence)] == tuple(tokens[: len(sequence)])
                 ):
                     k, v = sequence.read(0)
                     assert_same_bits(k, held[0][: len(k)])

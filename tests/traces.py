@@ -1,8 +1,8 @@
 """Traces of control-plane calls, and two players of them: the Python face and the C door.
 
-A trace is a list of (operation, arguments) over sequences and steps by name, so that it can be played
-on any cache. Playing gives what each call answered, plans byte for byte, as a list that two players
-of the same trace must agree on.
+A trace is a list of (operation, arguments) over sequences and steps by name, so that it can be
+played on any cache. Playing gives what each call answered, plans byte for byte, as a list that two
+players of the same trace must agree on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from c_api import CCache, Shortage
-from support import append_all
 
 import kvcore
+from c_api import CCache, Shortage
+from support import append_all
 
 
 def make_trace(seed, length):
@@ -209,6 +209,4 @@ class CPlayer(Player):
 
     def balance(self):
         stats = [self.cache.group_stats(group) for group in range(self.cache.num_groups)]
-        return [
-            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies) for g in stats
-        ]
+        return [(g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies) for g in stats]

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from kvcore import checks
 from kvcore.errors import InvalidArgument, InvalidType, MissingExtra
 
 #: The core's dtype numbers (kv_dtype in kvcore.h).
@@ -100,7 +99,7 @@ def dense(array: Any, dtype: np.dtype | type | None = None) -> np.ndarray:
 
 
 def as_rows(value: Any, argument: str) -> tuple[np.ndarray, int]:
-    """`value` as an array that the core reads, copied only when its strides forbid, and its dtype."""
+    """`value` as an array that the core reads, copied only when it must be, and its dtype."""
     array = as_array(value, argument)
     number = dtype_number(array, argument)
     if array.ndim < 3:  # the caller tells what was expected

@@ -164,7 +164,7 @@ class CpuBackend:
         source = get_format(format)
         codes = _storage_view(arrays.as_array(code, "code"), source, "code")
         codes = arrays.dense(codes)
-        rows = np.empty(codes.shape, np.float32)
+        rows = np.empty_like(codes, dtype=np.float32)
         if rows.size:
             flat = rows.reshape(-1, rows.shape[-1])
             quant.dequantize(codes, source.index, arrays.F32, flat)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvcore import checks
-from kvcore.errors import InvalidArgument
+from kvcore.errors import InvalidArgument, InvalidType
 from kvcore.formats import Format, get_format
 
 MIN_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 4096
 MAX_HEAD_DIM = 1024
+MAX_GROUPS = 16
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ class CacheSpec:
         kv_sources: Mapping[int, int] | None = None,
     ) -> None:
         count = checks.integer(num_layers, "num_layers", 1)
-        all_groups = tuple(groups) if groups is not None else (GroupSpec(block_size),)
+        all_groups = (GroupSpec(block_size),) if groups is None else _groups(groups)
         heads = _per_layer(num_kv_heads, count, "num_kv_heads")
         dims = _per_layer(head_dim, count, "head_dim")
         dims_v = dims if head_dim_v is None else _per_layer(head_dim_v, count, "head_dim_v")
-        formats = _layer_formats(k_format, v_format, layer_formats or {}, count)
+        overrides = _mapping(layer_formats, "layer_formats")
+        formats = _layer_formats(k_format, v_format, overrides, count)
         owners = _layer_groups(layer_groups, len(all_groups), count)
-        sources = dict(kv_sources or {})
+        sources = dict(_mapping(kv_sources, "kv_sources"))
         layers = tuple(
             LayerSpec(
                 num_kv_heads=checks.integer(heads[i], "num_kv_heads", 1),
@@ -181,6 +184,20 @@ class CacheSpec:
         return tuple(spans * (span // group.block_size) for group in self.groups)
 
 
+def _groups(groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
+    if not isinstance(groups, Sequence) or not all(isinstance(g, GroupSpec) for g in groups):
+        raise InvalidType(f"groups: expected a sequence of GroupSpec, got {groups!r}")
+    if not 1 <= len(groups) <= MAX_GROUPS:
+        raise InvalidArgument(f"groups: expected 1 to {MAX_GROUPS} groups, got {len(groups)}")
+    return tuple(groups)
+
+
+def _mapping(value: Mapping[int, Any] | None, argument: str) -> Mapping[int, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidType(f"{argument}: expected a mapping by layer, got {type(value).__name__}")
+    return value or {}
+
+
 def _per_layer(value: int | Sequence[int], count: int, argument: str) -> Sequence[int]:
     if not isinstance(value, Sequence):
         return [value] * count
@@ -205,7 +222,7 @@ def _layer_formats(
     formats = [default] * count
     for layer, pair in overrides.items():
         checks.integer(layer, "layer_formats", 0, count - 1)
-        if isinstance(pair, str) or len(pair) != 2:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidArgument(
                 f"layer_formats: expected (k_format, v_format) for layer {layer}, got {pair!r}"
             )
@@ -220,8 +237,8 @@ def _layer_groups(owners: Sequence[int] | None, num_groups: int, count: int) -> 
                 f"layer_groups: expected each layer's group, as there are {num_groups} groups"
             )
         return [0] * count
-    if len(owners) != count:
-        raise InvalidArgument(f"layer_groups: expected {count}, one a layer, got {len(owners)}")
+    if not isinstance(owners, Sequence) or len(owners) != count:
+        raise InvalidArgument(f"layer_groups: expected {count} groups, one a layer, got {owners!r}")
     return [checks.integer(g, "layer_groups", 0, num_groups - 1) for g in owners]
 
 
