@@ -3,7 +3,8 @@
 
 enum {
     PART_BYTES = 128 * 1024, /* of weights: less is not worth waking a thread for */
-    GRAIN = 8                /* outputs; the kernel reads this many weight rows at a time */
+    GRAIN = 8,               /* outputs; the kernel reads this many weight rows at a time */
+    LARGEST = INT32_MAX / 2  /* so that sums of two sizes are int32 */
 };
 
 typedef struct linear_context {
@@ -50,6 +51,8 @@ kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int64_t w_
         !rows_are_sound(w_stride, num_outputs, num_inputs) ||
         !rows_are_sound(y_stride, num_rows, num_outputs))
         return KV_ERR_VALUE;
+    if (num_rows > LARGEST || num_outputs > LARGEST || num_inputs > LARGEST)
+        return KV_ERR_OVERFLOW;
     if (!kernels)
         return KV_ERR_UNSUPPORTED;
     const int64_t nbytes = (int64_t)num_outputs * num_inputs * (int64_t)sizeof(float);

@@ -1,11 +1,12 @@
 /* Kernel text: attention of a tile of query rows over one split of 256 tokens.
  *
- * Rows are taken four, two or one at a time, so that an element of K or V is loaded and decoded
+ * Rows are taken four at a time and then what is left, so that an element of K or V is loaded and decoded
  * once for up to four rows. `format`, `num_rows` and the other constants of the innermost functions
  * are known where they are called, and the loops over them unroll into registers. */
 
 enum {
-    KV_DECODE_ROWS = 8 /* from this many rows on, a run is decoded once instead of per group */
+    KV_DECODE_ROWS = 16, /* from this many rows on, a run is decoded once instead of per group */
+    KV_AHEAD_TOKENS = 4  /* tokens between prefetches */
 };
 
 /* Spreads the prefetch of the run that is read a few runs later over the work on this one. */
@@ -42,13 +43,20 @@ KV_INLINE void kv_score_dims(kv_format format, int num_rows, int num_tokens, con
     }
 }
 
-/* Scores of KV_ACCUMULATORS / num_rows tokens from token t on. Past `count` the last token stands
+/* Tokens that num_rows rows meet at once: the vectors that they sum into, rounded up to four rows
+ * for three, so that the number of tokens stays a power of two. */
+KV_INLINE int kv_tokens_at_once(int num_rows)
+{
+    return KV_ACCUMULATORS / (num_rows == 3 ? 4 : num_rows);
+}
+
+/* Scores of kv_tokens_at_once tokens from token t on. Past `count` the last token stands
  * in for the missing ones: nothing outside the run is read, and what it yields is not used. */
 KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, int32_t q_width,
                                const kv_run *run, int32_t t, int32_t count, int32_t head_dim,
                                float *scores)
 {
-    const int num_tokens = KV_ACCUMULATORS / num_rows;
+    const int num_tokens = kv_tokens_at_once(num_rows);
     const char *k[KV_ACCUMULATORS];
     kv_vec sum[KV_ACCUMULATORS];
     float folded[KV_ACCUMULATORS];
@@ -79,7 +87,7 @@ KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, i
 KV_INLINE void kv_score_group(const kv_split_task *task, kv_format format, const kv_run *run,
                               int32_t start, int32_t row, int num_rows, kv_ahead ahead)
 {
-    const int num_tokens = KV_ACCUMULATORS / num_rows;
+    const int num_tokens = kv_tokens_at_once(num_rows);
     const int32_t seen = task->visible[row + num_rows - 1] - start;
     const int32_t count = seen < run->count ? seen : run->count;
     for (int32_t t = 0; t < count; t += num_tokens) {
@@ -98,12 +106,12 @@ KV_INLINE void kv_score_run(const kv_split_task *task, kv_format format, const k
         kv_score_group(task, format, run, start, row, 4, ahead);
         ahead.run = NULL;
     }
-    if (row + 2 <= task->num_rows) {
+    const int32_t left = task->num_rows - row;
+    if (left == 3)
+        kv_score_group(task, format, run, start, row, 3, ahead);
+    else if (left == 2)
         kv_score_group(task, format, run, start, row, 2, ahead);
-        ahead.run = NULL;
-        row += 2;
-    }
-    if (row < task->num_rows)
+    else if (left == 1)
         kv_score_group(task, format, run, start, row, 1, ahead);
 }
 
@@ -121,19 +129,22 @@ KV_INLINE void kv_value_tile(kv_format format, int num_rows, int num_vectors, co
         KV_UNROLL
         for (int i = 0; i < num_vectors; i++)
             sum[r * num_vectors + i] = kv_load(o + r * o_width + d + i * KV_LANES);
-    for (int32_t t = begin; t < end; t++) {
-        const char *row = run->rows + t * run->stride;
-        kv_vec y[8];
-        KV_UNROLL
-        for (int i = 0; i < num_vectors; i++)
-            y[i] = kv_load_elements(format, row, d + i * KV_LANES, n);
-        kv_prefetch_rows(ahead, t, t + 1);
-        KV_UNROLL
-        for (int r = 0; r < num_rows; r++) {
-            const kv_vec x = kv_broadcast(p[r * KV_SPLIT + t]);
+    const char *row = run->rows + begin * run->stride;
+    for (int32_t t = begin; t < end;) {
+        const int32_t pause = end - t < KV_AHEAD_TOKENS ? end : t + KV_AHEAD_TOKENS;
+        kv_prefetch_rows(ahead, t, pause);
+        for (; t < pause; t++, row += run->stride) {
+            kv_vec y[8];
             KV_UNROLL
             for (int i = 0; i < num_vectors; i++)
-                sum[r * num_vectors + i] = kv_fma(x, y[i], sum[r * num_vectors + i]);
+                y[i] = kv_load_elements(format, row, d + i * KV_LANES, n);
+            KV_UNROLL
+            for (int r = 0; r < num_rows; r++) {
+                const kv_vec x = kv_broadcast(p[r * KV_SPLIT + t]);
+                KV_UNROLL
+                for (int i = 0; i < num_vectors; i++)
+                    sum[r * num_vectors + i] = kv_fma(x, y[i], sum[r * num_vectors + i]);
+            }
         }
     }
     KV_UNROLL
@@ -195,12 +206,12 @@ KV_INLINE void kv_value_run(const kv_split_task *task, kv_format format, const k
         kv_value_group(task, format, run, start, row, 4, ahead);
         ahead.run = NULL;
     }
-    if (row + 2 <= task->num_rows) {
+    const int32_t left = task->num_rows - row;
+    if (left == 3)
+        kv_value_group(task, format, run, start, row, 3, ahead);
+    else if (left == 2)
         kv_value_group(task, format, run, start, row, 2, ahead);
-        ahead.run = NULL;
-        row += 2;
-    }
-    if (row < task->num_rows)
+    else if (left == 1)
         kv_value_group(task, format, run, start, row, 1, ahead);
 }
 
