@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import get_num_threads
+from .. import get_num_threads, ops
 from ..cache import KVCache
 from ..models import Model
 from ..models.weights import DecoderWeights
@@ -79,38 +79,45 @@ class ReadingCost:
 
 
 def reading_cost(model: Model, cache: KVCache, tokens: NDArray[np.int32]) -> ReadingCost:
-    """The next token of a text, and NumPy's maximum over the same weights in as many threads.
+    """The next token of a text, and the bare reading of the weights that it needs.
 
-    The two take turns, on the same memory, and the best of each counts: a machine's speed changes
-    with its other work, and a buffer's with the pages that it got.
+    There are two readers: NumPy's maximum over all weights in as many threads, and one row through
+    `ops.linear` for every matrix. They and the token take turns on the same memory and the best of
+    each counts, as a machine's speed changes with its other work, and a buffer's with its pages.
     """
     num_threads = get_num_threads()
-    shares = _weight_shares(model.decoder.weights, num_threads)
+    arrays = _read_by_a_token(model.decoder.weights)
+    shares = [[np.array_split(a, num_threads)[i] for a in arrays] for i in range(num_threads)]
     sequence = cache.sequence()
     _forward(model, cache, sequence, tokens[:-1])
     token, reading = [], []
     with ThreadPoolExecutor(num_threads) as pool:
         for _ in range(15):
-            reading.append(_seconds(lambda: list(pool.map(_read_all, shares))))
+            reading.append(_seconds(lambda: list(pool.map(_read_with_max, shares))))
+            reading.append(_seconds(lambda: _read_with_linear(arrays)))
             sequence.truncate(len(tokens) - 1)
             token.append(_seconds(lambda: _forward(model, cache, sequence, tokens[-1:])))
     sequence.free()
-    nbytes = sum(array.nbytes for share in shares for array in share)
-    return ReadingCost(nbytes, min(token), min(reading))
+    return ReadingCost(sum(array.nbytes for array in arrays), min(token), min(reading))
 
 
-def _weight_shares(weights: DecoderWeights, count: int) -> list[list[NDArray[np.float32]]]:
-    """What one token reads, cut into `count` equal shares. An embedding is one row unless tied."""
+def _read_by_a_token(weights: DecoderWeights) -> list[NDArray[np.float32]]:
+    """All weights but an embedding that is not the head as well: of that a token reads one row."""
     arrays = [weights.norm, weights.head]
     for layer in weights.layers:
         arrays += [array for array in vars(layer).values() if array is not None]
-    parts = [np.array_split(array, count) for array in arrays]
-    return [[part[share] for part in parts] for share in range(count)]
+    return arrays
 
 
-def _read_all(arrays: list[NDArray[np.float32]]) -> None:
+def _read_with_max(arrays: list[NDArray[np.float32]]) -> None:
     for array in arrays:
         array.max(initial=0.0)
+
+
+def _read_with_linear(arrays: list[NDArray[np.float32]]) -> None:
+    for array in arrays:
+        if array.ndim == 2:
+            ops.linear(np.ones((1, array.shape[1]), np.float32), array)
 
 
 def _forward(
