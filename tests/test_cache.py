@@ -61,6 +61,10 @@ class TestBytes:
         with pytest.raises(MemoryError):
             kvcore.KVCache(spec, num_blocks=2**31 // 4096 - 1)
 
+    def test_more_memory_than_slots_can_be_numbered(self):
+        spec = kvcore.CacheSpec(1, 1, 8, block_size=16)
+        assert spec.blocks_in(2**60) == ((2**31 - 1) // 16,)
+
     def test_storage_is_aligned(self):
         cache = make_cache(3, num_layers=3, num_kv_heads=1, head_dim=8)
         for layer in range(3):

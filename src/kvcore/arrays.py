@@ -92,6 +92,17 @@ def is_readable(array: np.ndarray) -> bool:
     )
 
 
+def overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements may share memory, which an array that is written must not have."""
+    extent = array.itemsize
+    axes = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((abs(stride), size) for stride, size in axes if size > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
 def dense(array: Any, dtype: np.dtype | type | None = None) -> np.ndarray:
     """`array` as C-contiguous, aligned memory, copied only when it is not."""
     result = np.ascontiguousarray(array, dtype=dtype)

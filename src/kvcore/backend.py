@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from kvcore.spec import CacheSpec
 
 
+#: The largest float32.
+MAX_SCALE = 3.4028234663852886e38
+
+
 @dataclass(frozen=True)
 class AttendOptions:
     """How a call of attend computes.
@@ -33,8 +37,8 @@ class AttendOptions:
             return
         if isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
             raise InvalidType(f"scale: expected a number, got {type(self.scale).__name__}")
-        if not math.isfinite(self.scale):
-            raise InvalidArgument(f"scale: expected a finite number, got {self.scale}")
+        if not abs(self.scale) <= MAX_SCALE:
+            raise InvalidArgument(f"scale: expected a finite float32, got {self.scale}")
 
     def scale_for(self, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
@@ -137,7 +141,7 @@ def get_backend(name: str) -> Backend:
         InvalidArgument: there is no backend of this name.
         BackendUnavailable: it cannot be used here; the message says why.
     """
-    if name not in _MODULES:
+    if not isinstance(name, str) or name not in _MODULES:
         raise InvalidArgument(f"backend: expected one of {', '.join(_MODULES)}, got {name!r}")
     if name not in _loaded:
         try:

@@ -11,9 +11,9 @@ import numpy as np
 from kvcore import arrays, checks
 from kvcore._native.blocks import ControlPlane, SequenceHandle
 from kvcore.backend import get_backend
-from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType
+from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType, SequenceFreed
 from kvcore.sequence import Sequence
-from kvcore.spec import CacheSpec
+from kvcore.spec import MAX_SLOTS, CacheSpec
 from kvcore.step import Step
 from kvcore.units import format_bytes, parse_bytes
 
@@ -222,6 +222,8 @@ class KVCache:
             raise InvalidType(f"{argument}: expected a Sequence, got {type(sequence).__name__}")
         if sequence.cache is not self:
             raise ForeignSequence(f"{argument}: expected a sequence of this cache")
+        if sequence.is_freed:
+            raise SequenceFreed(f"{argument}: the sequence was freed")
         return sequence._live()
 
     def _read(self, sequence: Sequence, layer: int) -> tuple[Any, Any]:
@@ -255,7 +257,15 @@ def _count_blocks(
     if isinstance(num_blocks, Iterable):
         num_blocks = tuple(num_blocks)
     assert num_blocks is not None
-    return spec.blocks_per_group(num_blocks)
+    counts = spec.blocks_per_group(num_blocks)
+    for group, count in zip(spec.groups, counts, strict=True):
+        most = MAX_SLOTS // group.block_size
+        if count > most:
+            raise InvalidArgument(
+                f"num_blocks: expected at most {most} blocks of {group.block_size}, as slots are "
+                f"int32, got {count}"
+            )
+    return counts
 
 
 def _pairs(entries: Any) -> list[tuple[Any, Any]]:

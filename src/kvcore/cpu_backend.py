@@ -13,7 +13,7 @@ from kvcore._native.blocks import Blocks, Memory, Plan
 from kvcore.backend import AttendOptions
 from kvcore.errors import InvalidArgument, InvalidType
 from kvcore.formats import FORMATS, Format, get_format
-from kvcore.spec import CacheSpec
+from kvcore.spec import MAX_HEAD_DIM, CacheSpec
 
 
 class CpuStorage:
@@ -164,6 +164,10 @@ class CpuBackend:
         source = get_format(format)
         codes = _storage_view(arrays.as_array(code, "code"), source, "code")
         codes = arrays.dense(codes)
+        if codes.shape[-1] % 8:
+            raise InvalidArgument(
+                f"code: expected a last axis that is a multiple of 8, got shape {list(codes.shape)}"
+            )
         rows = np.empty_like(codes, dtype=np.float32)
         if rows.size:
             flat = rows.reshape(-1, rows.shape[-1])
@@ -242,8 +246,11 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         came = out.dtype.name if isinstance(out, np.ndarray) else type(out).__name__
         raise InvalidType(f"out: expected a {dtype.name} NumPy array like q, got {came}")
     checks.shape(out.shape, shape, "out", "q's with head_dim_v")
-    if not out.flags.writeable or not arrays.is_readable(out):
-        raise InvalidArgument("out: expected a writable array whose last axis is dense")
+    if not out.flags.writeable or not arrays.is_readable(out) or arrays.overlaps_itself(out):
+        raise InvalidArgument(
+            "out: expected a writable array whose last axis is dense and whose rows lie apart, "
+            f"got strides {out.strides}"
+        )
     return out
 
 
@@ -296,6 +303,12 @@ def _check_pair(k_blocks: Blocks, v_blocks: Blocks) -> None:
         raise InvalidArgument(
             f"k_blocks: expected a block size that is a power of two >= 16, got {block_size}"
         )
+    for blocks, argument in ((k_blocks, "k_blocks"), (v_blocks, "v_blocks")):
+        if blocks.head_dim % 8 or blocks.head_dim > MAX_HEAD_DIM:
+            raise InvalidArgument(
+                f"{argument}: expected a head_dim that is a multiple of 8, at most "
+                f"{MAX_HEAD_DIM}, got {blocks.head_dim}"
+            )
 
 
 def _user_plan(block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Blocks) -> Plan:

@@ -141,7 +141,9 @@ def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = Non
         if _matrix(out, "out") is not out or not out.flags.writeable:
             raise InvalidArgument("out: expected a writable float32 array with dense rows")
     if bias is not None:
-        bias = arrays.dense(bias, np.float32)
+        bias = arrays.dense(arrays.as_array(bias, "bias"))
+        if bias.dtype != np.float32:
+            raise InvalidType(f"bias: expected float32, got {bias.dtype}")
         checks.shape(bias.shape, (weights.shape[0],), "bias", "[N]")
     if count and weights.shape[0]:
         _linear.linear(rows, weights, bias, target)

@@ -14,6 +14,7 @@ MIN_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 4096
 MAX_HEAD_DIM = 1024
 MAX_GROUPS = 16
+MAX_SLOTS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class CacheSpec:
             InvalidArgument: not even one block of each group fits.
         """
         span = max(group.block_size for group in self.groups)
-        spans = nbytes // (self.bytes_per_token * span)
+        spans = min(nbytes // (self.bytes_per_token * span), MAX_SLOTS // span)
         if spans < 1:
             raise InvalidArgument(
                 f"memory: expected at least {self.bytes_per_token * span} bytes "
