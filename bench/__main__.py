@@ -25,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in CASES.values():
             print(f"{case.name:<16}{case.description}")
         return 0
-    num_threads = arguments.threads or kvcore.get_num_threads()
-    affinity()  # before anything is pinned
+    # Both look at the process's CPUs once: before any thread is pinned.
+    cpus, default_threads = affinity(), kvcore.get_num_threads()
+    num_threads = arguments.threads or default_threads
+    if num_threads > len(cpus):
+        print(f"{num_threads} threads on {len(cpus)} CPUs: they will wait for each other")
     present, absent = load_peers(arguments.peers)
     for name, reason in absent.items():
         print(f"without {name}: {reason}")

@@ -75,7 +75,9 @@ class Case:
         heads = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
         lengths, count = _span(self.seq_lens), len(self.new)
         if self.kind == "append":
-            return f"append {_span(self.new)} tokens to each of {count}, {heads}"
+            return (
+                f"append {_span(self.new)} new to each of {count} x {_span(self.stored)}, {heads}"
+            )
         if self.kind == "decode":
             return f"decode, batch {count}, contexts {lengths}, {heads}"
         return f"prefill, {_span(self.new)} new on {_span(self.stored)} stored, {heads}"
@@ -90,8 +92,8 @@ def _decode(name: str, seq_lens: list[int], **heads: int) -> Case:
     return Case(name, "decode", tuple(n - 1 for n in seq_lens), (1,) * len(seq_lens), **heads)
 
 
-def _append(name: str, num_sequences: int, num_new: int) -> Case:
-    return Case(name, "append", (0,) * num_sequences, (num_new,) * num_sequences)
+def _append(name: str, num_sequences: int, stored: int, num_new: int) -> Case:
+    return Case(name, "append", (stored,) * num_sequences, (num_new,) * num_sequences)
 
 
 _RAGGED = np.random.default_rng(20).integers(256, 4097, 16).tolist()
@@ -106,10 +108,10 @@ CASES = {
         _decode("decode-smollm2", [2048] * 8, num_heads=9, num_kv_heads=3, head_dim=64),
         Case("prefill-2k", "prefill", (0,), (2048,)),
         Case("prefill-chunk", "prefill", (8192,), (512,)),
-        _append("append-1", 1, 1),
-        _append("append-16x1", 16, 1),
-        _append("append-128", 1, 128),
-        _append("append-2k", 1, 2048),
+        _append("append-1", 1, 63, 1),
+        _append("append-16x1", 16, 63, 1),
+        _append("append-128", 1, 128, 128),
+        _append("append-2k", 1, 0, 2048),
     )
 }
 

@@ -19,6 +19,7 @@ WAITED_SHARE = 0.03
 BURST_SECONDS = 0.04
 MAX_BURST = 24
 MIN_CLEAN_STEPS = 5
+MIN_CLEAN_ROUNDS = 3
 SETTLE_SECONDS = 0.005
 
 
@@ -101,11 +102,15 @@ class Samples:
 
 
 def ratio(numerator: Samples, denominator: Samples) -> float:
-    """The median over rounds of one task's time over another's in the same round."""
+    """The median over rounds of one task's time over another's in the same round.
+
+    With too few rounds in which both have clean steps, it is the ratio of their 10th percentiles,
+    which others' load moves least.
+    """
     pairs = np.asarray(numerator.rounds) / np.asarray(denominator.rounds)
     pairs = pairs[np.isfinite(pairs)]
-    if pairs.size == 0:
-        return numerator.median / denominator.median
+    if pairs.size < MIN_CLEAN_ROUNDS:
+        return numerator.quantile(0.1) / denominator.quantile(0.1)
     return float(np.median(pairs))
 
 

@@ -46,16 +46,13 @@ def case_lines(case: Case, kv_format: str, rows: list[Row]) -> list[str]:
 
 def _row_line(row: Row) -> str:
     gflops = "" if row.gflops is None else f"{row.gflops:.1f}"
-    if row.peer == "roof":
-        rates, relation = ("", f"{row.gflops:.1f}") if gflops else (f"{row.gbs:.1f}", ""), ""
-    else:
-        rates = (f"{row.gbs:.1f}", gflops)
-        relation = f"{row.share:.1%}"
+    gbs = "" if gflops else f"{row.gbs:.1f}"
+    share = "" if row.peer == "roof" else f"{row.share:.1%}"
     times = "" if row.peer == "kvcore" else f"{row.times_kvcore:.2f}"
     notes = "  contended" if row.contended else ""
     return (
-        f"  {row.peer:<10}{row.ms:>10.4g}{row.ms_p10:>10.4g}{rates[0]:>9}{rates[1]:>9}"
-        f"{row.floor_ms:>10.4g}{relation:>10}{times:>10}  {row.steps:>5}{notes}"
+        f"  {row.peer:<10}{row.ms:>10.4g}{row.ms_p10:>10.4g}{gbs:>9}{gflops:>9}"
+        f"{row.floor_ms:>10.4g}{share:>10}{times:>10}  {row.steps:>5}{notes}"
     )
 
 

@@ -54,15 +54,13 @@ struct part {
     double end, waited;
 };
 
-static double now(void)
-{
+static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static void stay_on(const int *cpu)
-{
+static void stay_on(const int *cpu) {
 #if defined(__linux__)
     if (cpu) {
         cpu_set_t set;
@@ -76,8 +74,7 @@ static void stay_on(const int *cpu)
 }
 
 /* Seconds that this thread has stood runnable without a CPU; 0 where the system does not tell. */
-static double waited_so_far(void)
-{
+static double waited_so_far(void) {
     unsigned long long ran = 0, waited = 0;
     FILE *file = fopen("/proc/thread-self/schedstat", "r");
     if (file) {
@@ -88,8 +85,7 @@ static double waited_so_far(void)
     return 1e-9 * (double)waited;
 }
 
-static void *run_part(void *argument)
-{
+static void *run_part(void *argument) {
     part *self = argument;
     team *of = self->of;
     stay_on(of->cpus ? &of->cpus[self->number] : NULL);
@@ -105,8 +101,7 @@ static void *run_part(void *argument)
     return NULL;
 }
 
-static double run(team *of, double *waited)
-{
+static double run(team *of, double *waited) {
     pthread_t threads[MAX_THREADS];
     part parts[MAX_THREADS];
     if (of->num_threads < 1 || of->num_threads > MAX_THREADS)
@@ -137,8 +132,7 @@ static double run(team *of, double *waited)
     return started == of->num_threads ? end - begin : -1.0;
 }
 
-static float sum_lanes(const vector *sums, int count)
-{
+static float sum_lanes(const vector *sums, int count) {
     float total = 0.0f;
     for (int i = 0; i < count; i++)
         for (int lane = 0; lane < LANES; lane++)
@@ -147,8 +141,7 @@ static float sum_lanes(const vector *sums, int count)
 }
 
 /* A thread's share of every buffer, as STREAMS independent sums over whole vectors. */
-static float read_part(const part *self)
-{
+static float read_part(const part *self) {
     const team *of = self->of;
     const size_t step = (size_t)LANES * STREAMS;
     vector sums[STREAMS] = {{0}};
@@ -162,8 +155,7 @@ static float read_part(const part *self)
     return sum_lanes(sums, STREAMS);
 }
 
-static float fma_part(const part *self)
-{
+static float fma_part(const part *self) {
     vector chains[CHAINS];
     const vector scale = {0}, half = scale + 0.5f, one = scale + 1.0f;
     for (int c = 0; c < CHAINS; c++)
@@ -176,22 +168,21 @@ static float fma_part(const part *self)
 
 /* Seconds in which num_threads threads read the buffers once. */
 double roof_read(const float *const *buffers, const size_t *lengths, int num_buffers,
-                 int num_threads, const int *cpus, double *waited)
-{
-    team of = {.function = read_part, .num_threads = num_threads, .cpus = cpus,
-               .buffers = buffers, .lengths = lengths, .num_buffers = num_buffers};
+                 int num_threads, const int *cpus, double *waited) {
+    team of = {.function = read_part,
+               .num_threads = num_threads,
+               .cpus = cpus,
+               .buffers = buffers,
+               .lengths = lengths,
+               .num_buffers = num_buffers};
     return run(&of, waited);
 }
 
 /* Seconds in which each of num_threads threads does iterations * roof_flops() flops. */
-double roof_fma(int64_t iterations, int num_threads, const int *cpus, double *waited)
-{
-    team of = {.function = fma_part, .num_threads = num_threads, .cpus = cpus,
-               .iterations = iterations};
+double roof_fma(int64_t iterations, int num_threads, const int *cpus, double *waited) {
+    team of = {
+        .function = fma_part, .num_threads = num_threads, .cpus = cpus, .iterations = iterations};
     return run(&of, waited);
 }
 
-int roof_flops(void)
-{
-    return 2 * LANES * CHAINS;
-}
+int roof_flops(void) { return 2 * LANES * CHAINS; }

@@ -32,8 +32,8 @@ class Row:
         gflops: for a prefill, visible flops over the time.
         floor_ms: what the machine's limit took in the same rounds: reading as many bytes, or for a
             prefill doing as many flops.
-        share: the limit's time over this one's, the median over rounds.
-        times_kvcore: this peer's time over kvcore's, the median over rounds.
+        share: the limit's time over this one's; see `measure.ratio`.
+        times_kvcore: this peer's time over kvcore's, likewise.
         error: distance from kvcore's answer, rms over rms.
         steps, disturbed: timed steps, and those left out because others held the CPUs.
         contended: too few undisturbed steps, so that all count.

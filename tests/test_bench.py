@@ -24,7 +24,7 @@ SMALL = [
     Case("even", "decode", (69, 69), (1, 1), num_heads=4, num_kv_heads=4, head_dim=32),
     Case("whole", "prefill", (0,), (70,), num_heads=4, num_kv_heads=1, head_dim=24),
     Case("chunk", "prefill", (100,), (33,), num_heads=4, num_kv_heads=2, head_dim=16),
-    Case("append", "append", (0, 0), (20, 20), num_kv_heads=2, head_dim=16),
+    Case("append", "append", (9, 9), (20, 20), num_kv_heads=2, head_dim=16),
 ]
 
 
@@ -119,7 +119,8 @@ def test_disturbed_steps_are_left_out():
     samples.add([Timing(9.0, 1.0)])
     assert samples.rounds[:2] == [1.0, 2.0] and math.isnan(samples.rounds[2])
     other = Samples(clean=[2.0] * 5, rounds=[3.0, 2.0, 5.0])
-    assert ratio(other, samples) == 2.0  # the median of 3 and 1
+    assert ratio(other, samples) == 2.0  # two rounds in common: 10th percentiles, 2 and 1
+    assert ratio(other, Samples(clean=[1.0] * 5, rounds=[1.0, 2.0, 1.0])) == 3.0
 
 
 def test_the_probe_reads_and_computes(roof):

@@ -82,7 +82,7 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, case: Case) -> np.ndarr
         np.exp(scores, out=scores)
         total = scores.sum(axis=-1, keepdims=True)
         out[part] = (scores @ v[part].astype(np.float32, copy=False)) / total
-    grouped_out = out.reshape(heads, num_heads // heads, num_new, dim)
+    grouped_out: np.ndarray = out.reshape(heads, num_heads // heads, num_new, dim)
     return grouped_out.transpose(2, 0, 1, 3).reshape(num_new, num_heads, dim)
 
 
