@@ -7,10 +7,10 @@ import types
 
 import numpy as np
 import pytest
-from support import append_all, grow, make_cache, random_kv, random_q, snapshot
 
 import kvcore
 from kvcore import errors, ops
+from support import append_all, grow, make_cache, random_kv, random_q, snapshot
 
 ARGUMENT, TYPE = kvcore.InvalidArgument, kvcore.InvalidType
 T = 5  # new tokens of the open step

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from kvcore import checks
 from kvcore._native import machine as _machine
-from kvcore.errors import InvalidArgument
+from kvcore.errors import InvalidArgument, UnsupportedError
 
 MAX_THREADS = 256
 
@@ -51,3 +53,10 @@ def available_isas() -> tuple[str, ...]:
 def cpu_features() -> tuple[str, ...]:
     """The CPU's features that kernels may use, as in "avx512_bf16"."""
     return tuple(_machine.cpu_features())
+
+
+if get_isa() == "none":  # a forced one that is not there: better told now than by the first call
+    raise UnsupportedError(
+        f"KVCORE_ISA: expected one of {', '.join(available_isas())}, "
+        f"got {os.environ.get('KVCORE_ISA')!r}"
+    )
