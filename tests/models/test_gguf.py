@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvcore.errors import ModelFileError
 from kvcore.models import (
@@ -208,6 +210,22 @@ def test_truncated_anywhere(whole: Path, tmp_path: Path) -> None:
             load(path)
 
 
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_byte_may_be_wrong(whole: Path, data: st.DataObject) -> None:
+    content = bytearray(whole.read_bytes())
+    # Metadata and the list of tensors come first; any bits make valid weights behind them.
+    header = content.index(b"blk.1.ffn_up.weight")
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, header))] = data.draw(st.integers(0, 255))
+    path = whole.with_name("flipped.gguf")
+    path.write_bytes(content)
+    try:
+        load(path)
+    except ModelFileError as error:
+        assert "flipped.gguf" in str(error)
+
+
 def test_corrupt_counts_end_quickly(whole: Path, tmp_path: Path) -> None:
     data = bytearray(whole.read_bytes())
     for offset in (8, 16, 24):  # tensors, metadata entries, length of the first key
@@ -240,6 +258,8 @@ def test_not_a_gguf(tmp_path: Path, content: bytes) -> None:
         ("llama.rope.scaling.type", "llama", {"llama.rope.scaling.type": "longrope"}, {}),
         ("llama.rope.scaling.factor", "llama", {"llama.rope.scaling.type": "linear"}, {}),
         ("rope.dim", "llama", {"llama.rope.dimension_count": 8}, {}),
+        ("rope", "llama", {"llama.rope.freq_base": -1.0}, {}),
+        ("norm_eps", "llama", {"llama.attention.layer_norm_rms_epsilon": float("nan")}, {}),
         ("rope_freqs.weight", "llama", {}, {"rope_freqs.weight": np.ones(3, np.float32)}),
         ("blk.1.ffn_up.weight", "llama", {}, {"blk.1.ffn_up.weight": None}),
         ("token_embd.weight", "llama", {}, {"token_embd.weight": None}),

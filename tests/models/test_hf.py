@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvcore.errors import ModelFileError
 from kvcore.models import load
@@ -123,6 +125,22 @@ def test_truncated(tmp_path: Path) -> None:
         file.write_bytes(data[:cut])
         with pytest.raises(ModelFileError, match=r"model\.safetensors"):
             load(tmp_path)
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_byte_may_be_wrong(tmp_path: Path, data: st.DataObject) -> None:
+    write(tmp_path, tensors())
+    name = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+    file = tmp_path / name
+    content = bytearray(file.read_bytes())
+    end = min(len(content), 2000)  # the header of the tensors; any bits make valid weights
+    content[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        load(tmp_path)
+    except ModelFileError as error:
+        assert str(tmp_path) in str(error)
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from kvcore.errors import InvalidArgument
 from kvcore.models.rope import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,
     Rope,
+    RopeScaling,
     Rotation,
     YarnScaling,
     inverse_frequencies,
@@ -76,6 +78,27 @@ def test_yarn_by_rotations(truncate: bool) -> None:
     inv_freq, factor = inverse_frequencies(Rope(DIM, THETA, scaling))
     np.testing.assert_allclose(inv_freq, expected, rtol=1e-12)
     assert factor == 1.25
+
+
+@pytest.mark.parametrize(
+    ("theta", "scaling"),
+    [
+        (-1.0, None),
+        (0.0, None),
+        (math.nan, None),
+        (math.inf, None),
+        (THETA, LinearScaling(0.0)),
+        (THETA, LinearScaling(-2.0)),
+        (THETA, LinearScaling(math.nan)),
+        (1.0, YarnScaling(4.0, 4096)),
+        (THETA, YarnScaling(4.0, 4096, beta_slow=0.0)),
+        (THETA, YarnScaling(4.0, 4096, attention_factor=math.nan)),
+        (THETA, FrequencyFactors((1.0, 2.0))),
+    ],
+)
+def test_impossible_frequencies(theta: float, scaling: RopeScaling | None) -> None:
+    with pytest.raises(InvalidArgument, match="rope"):
+        Rope(DIM, theta, scaling)
 
 
 def test_yarn_attention_factor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvcore.errors import InvalidArgument
@@ -64,7 +65,7 @@ class ModelConfig:
             raise InvalidArgument(
                 f"rope.dim: the even head_dim ({self.head_dim}) expected, got {self.rope.dim}"
             )
-        if self.norm_eps <= 0:
+        if not 0 < self.norm_eps < math.inf:
             raise InvalidArgument(f"norm_eps: a positive number expected, got {self.norm_eps!r}")
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class GGUFFile:
         except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise ModelFileError(f"{path}: a GGUF file expected: {error}") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.metadata = _Metadata(self._reader.fields)
+        self.metadata = _Metadata(path, self._reader.fields)
         fields = Fields(path, self.metadata)
         self.architecture = fields.typed("general.architecture", str)
         if self.architecture not in ARCHITECTURES:
@@ -226,13 +226,18 @@ class GGUFFile:
 class _Metadata(Mapping[str, Any]):
     """The metadata of a reader as plain Python values, decoded when asked for."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        self._path = path
         self._fields = fields
 
     def __getitem__(self, key: str) -> Any:
-        return self._fields[key].contents()
+        field = self._fields[key]
+        try:
+            return field.contents()
+        except (ValueError, IndexError) as error:
+            raise ModelFileError(f"{self._path}: {key}: a value expected: {error}") from error
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
     def __len__(self) -> int:

@@ -240,6 +240,8 @@ class SafetensorsSource:
             raise ModelFileError(f"{file}: tensor {name}: F32, F16 or BF16 expected, got {dtype}")
         if shape != out.shape:
             raise ModelFileError(f"{file}: tensor {name}: shape {out.shape} expected, got {shape}")
+        if dtype == "BF16":
+            require("ml_dtypes")  # NumPy has no bfloat16 of its own
         out[...] = handle.get_tensor(name)
 
     def _files(self) -> list[Path]:
@@ -254,7 +256,6 @@ class SafetensorsSource:
     def _open(self, file: Path) -> None:
         if not file.is_file():
             raise ModelFileError(f"{file}: a safetensors file expected, but there is none")
-        require("ml_dtypes")  # safetensors hands bfloat16 to NumPy through it
         try:
             handle = self._open_files.enter_context(
                 self._safetensors.safe_open(file, framework="np")

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvcore.errors import InvalidArgument
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -69,6 +71,15 @@ class Rope:
     dim: int
     theta: float
     scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            with np.errstate(all="ignore"):
+                inv_freq, factor = inverse_frequencies(self)
+        except (ArithmeticError, ValueError) as error:
+            raise InvalidArgument(f"rope: computable frequencies expected of {self}") from error
+        if not (np.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < factor < math.inf):
+            raise InvalidArgument(f"rope: positive, finite frequencies expected of {self}")
 
 
 def yarn_attention_factor(
