@@ -40,10 +40,11 @@ class GroupStats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache holds and has done. Block counts are sums over the groups.
+    """What a cache holds and has done.
 
     Attributes:
         groups: each group's own counts.
+        total, in_use, cached, free, allocations, evictions, copies: their sums over the groups.
         bytes: bytes of storage, allocated when the cache was made.
         num_sequences: live sequences.
         open_steps: steps begun and not closed.

@@ -39,6 +39,7 @@ class Sequence:
 
     @property
     def is_freed(self) -> bool:
+        """Whether `free` was called."""
         return not self._handle.is_live
 
     def fork(self, length: int | None = None) -> Sequence:

@@ -40,6 +40,7 @@ class LayerSpec:
 
     @property
     def formats(self) -> tuple[Format, Format]:
+        """k_format and v_format with their sizes and storage dtypes."""
         return get_format(self.k_format), get_format(self.v_format)
 
     @property

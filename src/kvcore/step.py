@@ -77,6 +77,7 @@ class Step:
 
     @property
     def is_open(self) -> bool:
+        """Whether the step was neither committed nor rolled back yet."""
         return self._native.is_open
 
     def append(self, layer: int, k: Any, v: Any, *, layout: str = "NHD") -> None:
