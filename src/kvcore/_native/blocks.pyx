@@ -38,6 +38,16 @@ def status_table():
         i += 1
 
 
+def has_negative(cnp.ndarray ids not None):
+    """Whether a dense int32 array has a number below 0."""
+    cdef const int32_t *data = <const int32_t *>cnp.PyArray_DATA(ids)
+    cdef int64_t i
+    for i in range(cnp.PyArray_SIZE(ids)):
+        if data[i] < 0:
+            return True
+    return False
+
+
 cdef class Memory:
     """Aligned memory from the core, through the buffer protocol as writable bytes."""
 
