@@ -1,5 +1,6 @@
-/* kv_attend: validates, divides the work, runs tiles and joins what was cut. */
+/* kv_attend: divides the work, runs tiles and joins what was cut. */
 
+#include "attend_check.h"
 #include "attend_work.h"
 #include "dispatch.h"
 #include "storage.h"
@@ -10,7 +11,7 @@
 #include <string.h>
 
 enum {
-    PART_WORK = 1 << 18, /* cost * head_dim below which another thread is not woken */
+    PART_WORK = 1 << 18,    /* cost * head_dim below which another thread is not woken */
     ZERO_BYTES = 256 * 1024 /* of padding, likewise */
 };
 
@@ -31,8 +32,8 @@ typedef struct attend_call {
     int64_t num_units, slot_rows;
     int32_t num_parts, num_cuts, num_join_parts;
 
-    float *slots;   /* [slot_rows] o, then m, then l */
-    char *scratch;  /* [num_parts] of scratch_bytes */
+    float *slots;  /* [slot_rows] o, then m, then l */
+    char *scratch; /* [num_parts] of scratch_bytes */
     int64_t scratch_bytes;
 } attend_call;
 
@@ -45,85 +46,26 @@ typedef struct tile {
     kv_split_runs runs[2];         /* of this split and of the next */
 } tile;
 
-/* ---- validation ------------------------------------------------------------------------------ */
-
-static kv_status check_sequences(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v)
-{
-    const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
-    kv_status status = kv_check_queries(plan, 0);
-    if (status != KV_OK)
-        return status;
-    if (plan->num_sequences > 0 && (!plan->seq_lens || !plan->block_rows))
-        return KV_ERR_NULL;
-    for (int32_t s = 0; s < plan->num_sequences; s++) {
-        const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
-        const int32_t length = plan->seq_lens[s];
-        if (length < num_new)
-            return KV_ERR_RANGE;
-        if (num_new == 0)
-            continue;
-        if (!plan->block_rows[s])
-            return KV_ERR_NULL;
-        status = kv_check_block_ids(plan->block_rows[s],
-                                    ((int64_t)length + k->block_size - 1) / k->block_size,
-                                    num_blocks);
-        if (status != KV_OK)
-            return status;
-    }
-    return KV_OK;
-}
-
-static kv_status check_shapes(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
-                              const kv_blocks *v, const kv_rows *out)
-{
-    if (k->num_heads != v->num_heads || k->block_size != v->block_size ||
-        k->block_size != plan->block_size || q->head_dim != k->head_dim ||
-        out->head_dim != v->head_dim || out->num_heads != q->num_heads ||
-        q->num_heads % k->num_heads != 0)
-        return KV_ERR_VALUE;
-    /* A row of a tile is an int32. */
-    if ((int64_t)plan->num_tokens * q->num_heads > INT32_MAX / 2)
-        return KV_ERR_OVERFLOW;
-    return KV_OK;
-}
-
-static kv_status check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
-                              const kv_blocks *v, const kv_attend_options *options,
-                              const kv_rows *out)
-{
-    kv_status status;
-    if (!plan || !q || !options || !out)
-        return KV_ERR_NULL;
-    if (options->struct_size < sizeof(*options) || !isfinite(options->scale))
-        return KV_ERR_VALUE;
-    if ((status = kv_check_blocks(k)) != KV_OK || (status = kv_check_blocks(v)) != KV_OK ||
-        (status = kv_check_queries(plan, q->padded_length)) != KV_OK ||
-        (status = kv_check_queries(plan, out->padded_length)) != KV_OK ||
-        (status = kv_check_rows(q, plan->num_sequences, plan->num_tokens, 0)) != KV_OK ||
-        (status = kv_check_rows(out, plan->num_sequences, plan->num_tokens, 1)) != KV_OK ||
-        (status = check_shapes(plan, q, k, v, out)) != KV_OK)
-        return status;
-    return check_sequences(plan, k, v);
-}
-
 /* ---- a tile ---------------------------------------------------------------------------------- */
 
-static int64_t round_up(int64_t n, int64_t multiple)
-{
+static int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
 /* Floats of one part's scratch; with `base`, also hands them out. */
-static int64_t lay_out_tile(const attend_call *call, float *base, tile *t)
-{
+static int64_t lay_out_tile(const attend_call *call, float *base, tile *t) {
     const int64_t q_width = call->q_width, o_width = call->o_width;
     const int64_t widest = q_width > o_width ? q_width : o_width;
-    const int64_t sizes[] = {KV_TILE_ROWS * q_width, KV_TILE_ROWS * KV_SPLIT,
-                             KV_RUN * widest,        KV_TILE_ROWS * o_width,
-                             KV_TILE_ROWS,           KV_TILE_ROWS,
-                             KV_TILE_ROWS * o_width, KV_TILE_ROWS,
+    const int64_t sizes[] = {KV_TILE_ROWS * q_width,
+                             KV_TILE_ROWS * KV_SPLIT,
+                             KV_RUN * widest,
+                             KV_TILE_ROWS * o_width,
+                             KV_TILE_ROWS,
+                             KV_TILE_ROWS,
+                             KV_TILE_ROWS * o_width,
+                             KV_TILE_ROWS,
                              KV_TILE_ROWS};
-    float **const places[] = {&t->q,       &t->scores,  &t->decoded, &t->state.o,  &t->state.m,
+    float **const places[] = {&t->q,       &t->scores,    &t->decoded,   &t->state.o,  &t->state.m,
                               &t->state.l, &t->partial.o, &t->partial.m, &t->partial.l};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
@@ -136,15 +78,13 @@ static int64_t lay_out_tile(const attend_call *call, float *base, tile *t)
 
 /* The new token and query head of a unit's row. */
 static void locate_row(const attend_call *call, const kv_unit *unit, int32_t r, int32_t *token,
-                       int32_t *head)
-{
+                       int32_t *head) {
     const int32_t row = unit->first_row + r;
     *token = row / call->group_size;
     *head = unit->head * call->group_size + row % call->group_size;
 }
 
-static void load_queries(const attend_call *call, const kv_unit *unit, tile *t)
-{
+static void load_queries(const attend_call *call, const kv_unit *unit, tile *t) {
     const kv_rows *q = call->q;
     const int32_t *starts = call->plan->query_starts, s = unit->sequence;
     const int32_t before = call->plan->seq_lens[s] - (starts[s + 1] - starts[s]);
@@ -152,9 +92,9 @@ static void load_queries(const attend_call *call, const kv_unit *unit, tile *t)
         int32_t token, head;
         float *row = t->q + (int64_t)r * call->q_width;
         locate_row(call, unit, r, &token, &head);
-        call->kernels->convert(
-            kv_row(q, starts, s, token) + head * q->head_stride * kv_dtype_bytes(q->dtype),
-            kv_dtype_format(q->dtype), row, KV_FORMAT_FP32, q->head_dim);
+        call->kernels->convert(kv_row(q, starts, s, token) +
+                                   head * q->head_stride * kv_dtype_bytes(q->dtype),
+                               kv_dtype_format(q->dtype), row, KV_FORMAT_FP32, q->head_dim);
         for (int32_t d = 0; d < q->head_dim; d++)
             row[d] *= call->scale;
         for (int32_t d = q->head_dim; d < call->q_width; d++)
@@ -165,8 +105,7 @@ static void load_queries(const attend_call *call, const kv_unit *unit, tile *t)
 
 /* The rows of a split as runs inside blocks. */
 static void locate_split(const attend_call *call, const kv_unit *unit, int32_t split,
-                         kv_split_runs *runs)
-{
+                         kv_split_runs *runs) {
     const int32_t *block_row = call->plan->block_rows[unit->sequence];
     const int32_t block_size = call->k->block_size, mask = block_size - 1;
     const int32_t longest = block_size < KV_RUN ? block_size : KV_RUN;
@@ -186,8 +125,7 @@ static void locate_split(const attend_call *call, const kv_unit *unit, int32_t s
 }
 
 static void run_split(const attend_call *call, const kv_unit *unit, int32_t split, tile *t,
-                      const kv_partial *into)
-{
+                      const kv_partial *into) {
     for (int32_t r = 0; r < unit->num_rows; r++) {
         const int32_t seen = t->seen[r] - split * KV_SPLIT;
         t->visible[r] = seen < 0 ? 0 : seen < KV_SPLIT ? seen : KV_SPLIT;
@@ -210,8 +148,7 @@ static void run_split(const attend_call *call, const kv_unit *unit, int32_t spli
 }
 
 static void finish_row(const attend_call *call, const kv_unit *unit, int32_t r,
-                       const kv_partial *state)
-{
+                       const kv_partial *state) {
     const kv_rows *out = call->out;
     const float m = state->m[r], l = state->l[r];
     float row[1024];
@@ -235,23 +172,20 @@ static void finish_row(const attend_call *call, const kv_unit *unit, int32_t r,
 /* ---- parts ----------------------------------------------------------------------------------- */
 
 /* The partial that `row` rows of slots precede. */
-static kv_partial slot_at(const attend_call *call, int64_t row)
-{
+static kv_partial slot_at(const attend_call *call, int64_t row) {
     float *m = call->slots + call->slot_rows * call->o_width;
     return (kv_partial){m + row, m + call->slot_rows + row, call->slots + row * call->o_width};
 }
 
 /* Where splits of a unit go from the first cut on. */
-static kv_partial split_slot(const attend_call *call, const kv_cut *cut, int32_t split)
-{
+static kv_partial split_slot(const attend_call *call, const kv_cut *cut, int32_t split) {
     const int64_t slot = split - cut->first_split + 1;
     return slot_at(call, cut->first_slot_row + slot * call->units[cut->unit].num_rows);
 }
 
 /* The split after (unit, split) that this part reads; nothing at its end. */
 static void locate_next(const attend_call *call, int32_t unit, int32_t split, int32_t stop,
-                        const kv_bound *end, kv_split_runs *runs)
-{
+                        const kv_bound *end, kv_split_runs *runs) {
     runs->num_runs = 0;
     if (split + 1 < stop)
         locate_split(call, &call->units[unit], split + 1, runs);
@@ -261,8 +195,7 @@ static void locate_next(const attend_call *call, int32_t unit, int32_t split, in
 
 /* Splits [begin, stop) of a unit. The first part of a unit folds them; a later part stores them. */
 static void run_unit(const attend_call *call, int32_t u, int32_t begin, int32_t stop,
-                     const kv_bound *end, const kv_cut *cut, tile *t)
-{
+                     const kv_bound *end, const kv_cut *cut, tile *t) {
     const kv_unit *unit = &call->units[u];
     const kv_partial state = cut ? slot_at(call, cut->first_slot_row) : t->state;
     load_queries(call, unit, t);
@@ -285,8 +218,7 @@ static void run_unit(const attend_call *call, int32_t u, int32_t begin, int32_t 
             finish_row(call, unit, r, &state);
 }
 
-static void attend_part(void *context, int32_t part)
-{
+static void attend_part(void *context, int32_t part) {
     const attend_call *call = context;
     const kv_bound *begin = &call->bounds[part], *end = begin + 1;
     tile t;
@@ -303,8 +235,7 @@ static void attend_part(void *context, int32_t part)
 
 /* Joins the partials of the units that were cut, split after split: rows of all cut units, divided
  * evenly. */
-static void join_part(void *context, int32_t part)
-{
+static void join_part(void *context, int32_t part) {
     const attend_call *call = context;
     const int64_t count = (int64_t)call->num_cuts * KV_TILE_ROWS;
     const int64_t end = kv_part_begin(count, part + 1, call->num_join_parts);
@@ -334,8 +265,7 @@ typedef struct zero_task {
     int32_t num_parts;
 } zero_task;
 
-static void zero_part(void *context, int32_t part)
-{
+static void zero_part(void *context, int32_t part) {
     const zero_task *task = context;
     const kv_rows *out = task->out;
     const int32_t *starts = task->plan->query_starts, length = out->padded_length;
@@ -352,8 +282,7 @@ static void zero_part(void *context, int32_t part)
     }
 }
 
-static void zero_padding(const kv_plan *plan, const kv_rows *out)
-{
+static void zero_padding(const kv_plan *plan, const kv_rows *out) {
     const int64_t rows = (int64_t)plan->num_sequences * out->padded_length - plan->num_tokens;
     if (out->padded_length == 0 || rows == 0)
         return;
@@ -365,12 +294,10 @@ static void zero_padding(const kv_plan *plan, const kv_rows *out)
 /* ---- the call -------------------------------------------------------------------------------- */
 
 /* Lists units, bounds and cuts in buffer 0 and lays out scratch in buffer 1. */
-static kv_status prepare(attend_call *call, kv_workspace *workspace)
-{
+static kv_status prepare(attend_call *call, kv_workspace *workspace) {
     const int32_t num_heads = call->k->num_heads;
     call->num_units = kv_count_units(call->plan, num_heads, call->group_size);
-    const int64_t units_bytes =
-        round_up((call->num_units + 1) * (int64_t)sizeof(kv_unit), 64);
+    const int64_t units_bytes = round_up((call->num_units + 1) * (int64_t)sizeof(kv_unit), 64);
     const int64_t bounds_bytes = (KV_MAX_THREADS + 1) * (int64_t)sizeof(kv_bound);
     char *lists = kv_workspace_reserve(
         workspace, 0,
@@ -382,13 +309,12 @@ static kv_status prepare(attend_call *call, kv_workspace *workspace)
     call->bounds = (kv_bound *)(call->cuts + KV_MAX_THREADS);
 
     const int64_t cost = kv_list_units(call->plan, num_heads, call->group_size, call->units);
-    call->num_parts = kv_num_parts(cost * call->k->head_dim, PART_WORK);
+    call->num_parts = kv_num_parts(cost, PART_WORK / call->k->head_dim);
     call->num_cuts = kv_cut_work(call->units, call->num_units, call->num_parts, call->bounds,
                                  call->cuts, &call->slot_rows);
 
     tile unused;
-    call->scratch_bytes =
-        round_up(lay_out_tile(call, NULL, &unused) * (int64_t)sizeof(float), 64);
+    call->scratch_bytes = round_up(lay_out_tile(call, NULL, &unused) * (int64_t)sizeof(float), 64);
     const int64_t slots_bytes =
         round_up(call->slot_rows * (call->o_width + 2) * (int64_t)sizeof(float), 64);
     call->scratch = kv_workspace_reserve(
@@ -399,8 +325,7 @@ static kv_status prepare(attend_call *call, kv_workspace *workspace)
     return KV_OK;
 }
 
-static void run(attend_call *call)
-{
+static void run(attend_call *call) {
     kv_run_parts(call->num_parts, attend_part, call);
     const int64_t work = call->slot_rows * call->o_width;
     call->num_join_parts = kv_num_parts(work, PART_WORK);
@@ -409,9 +334,8 @@ static void run(attend_call *call)
 }
 
 kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, const kv_blocks *v,
-                    const kv_attend_options *options, const kv_rows *out, float *lse)
-{
-    kv_status status = check_attend(plan, q, k, v, options, out);
+                    const kv_attend_options *options, const kv_rows *out, float *lse) {
+    kv_status status = kv_check_attend(plan, q, k, v, options, out);
     if (status != KV_OK)
         return status;
     const kv_kernels *kernels = kv_active_kernels();

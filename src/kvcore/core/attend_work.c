@@ -5,26 +5,20 @@ enum {
     WHOLE_UNITS = 8 /* a unit below 1 / WHOLE_UNITS of a part's cost is not cut */
 };
 
-static int64_t num_query_rows(const kv_plan *plan, int32_t s, int32_t group_size)
-{
+static int64_t num_query_rows(const kv_plan *plan, int32_t s, int32_t group_size) {
     return (int64_t)(plan->query_starts[s + 1] - plan->query_starts[s]) * group_size;
 }
 
-int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size)
-{
+int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size) {
     int64_t tiles = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++)
         tiles += (num_query_rows(plan, s, group_size) + KV_TILE_ROWS - 1) / KV_TILE_ROWS;
     return tiles * num_heads;
 }
 
-static int64_t row_cost(const kv_unit *unit)
-{
-    return unit->num_rows + TOKEN_COST;
-}
+static int64_t row_cost(const kv_unit *unit) { return unit->num_rows + TOKEN_COST; }
 
-int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units)
-{
+int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units) {
     int64_t cost = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
         const int64_t num_rows = num_query_rows(plan, s, group_size);
@@ -48,8 +42,7 @@ int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size
 }
 
 /* The last unit that starts at or before `target`. */
-static int64_t find_unit(const kv_unit *units, int64_t num_units, int64_t target)
-{
+static int64_t find_unit(const kv_unit *units, int64_t num_units, int64_t target) {
     int64_t low = 0, high = num_units - 1;
     while (low < high) {
         const int64_t middle = (low + high + 1) / 2;
@@ -62,8 +55,7 @@ static int64_t find_unit(const kv_unit *units, int64_t num_units, int64_t target
 }
 
 static kv_bound nearest_bound(const kv_unit *units, int64_t num_units, int64_t target,
-                              int64_t part_cost)
-{
+                              int64_t part_cost) {
     const int64_t u = find_unit(units, num_units, target);
     const kv_unit *unit = &units[u];
     const int64_t cost = units[u + 1].start - unit->start, into = target - unit->start;
@@ -80,8 +72,7 @@ static kv_bound nearest_bound(const kv_unit *units, int64_t num_units, int64_t t
 }
 
 int32_t kv_cut_work(const kv_unit *units, int64_t num_units, int32_t num_parts, kv_bound *bounds,
-                    kv_cut *cuts, int64_t *slot_rows)
-{
+                    kv_cut *cuts, int64_t *slot_rows) {
     const int64_t total = units[num_units].start;
     int32_t num_cuts = 0;
     *slot_rows = 0;

@@ -8,10 +8,10 @@
 #include "kernels/kernels.h"
 
 typedef struct kv_unit {
-    int32_t sequence, head; /* KV head */
+    int32_t sequence, head;      /* KV head */
     int32_t first_row, num_rows; /* rows count (new token, query head of the group), token major */
-    int32_t num_seen; /* tokens that the last row sees */
-    int64_t start;    /* cost of all units before */
+    int32_t num_seen;            /* tokens that the last row sees */
+    int64_t start;               /* cost of all units before */
 } kv_unit;
 
 /* Where a part begins: at a split of a unit. */
@@ -33,8 +33,7 @@ int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_siz
 /* Fills units[count + 1], the last being an end mark; returns the cost of all. */
 int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units);
 
-static inline int32_t kv_num_splits(const kv_unit *unit)
-{
+static inline int32_t kv_num_splits(const kv_unit *unit) {
     return (int32_t)(((int64_t)unit->num_seen + KV_SPLIT - 1) / KV_SPLIT);
 }
 

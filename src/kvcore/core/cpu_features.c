@@ -9,8 +9,7 @@ static const char *found[MAX_FEATURES + 1];
 static int num_found;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static void add_if(int present, const char *name)
-{
+static void add_if(int present, const char *name) {
     if (present && num_found < MAX_FEATURES)
         found[num_found++] = name;
 }
@@ -22,8 +21,7 @@ static void add_if(int present, const char *name)
 /* XCR0 bits: which register state the operating system saves. */
 enum { XCR0_AVX = 0x6, XCR0_AVX512 = 0xe6, XCR0_AMX = 0x60000 };
 
-static uint64_t saved_state(uint32_t leaf1_ecx)
-{
+static uint64_t saved_state(uint32_t leaf1_ecx) {
     uint32_t low, high;
     if (!(leaf1_ecx & bit_OSXSAVE))
         return 0;
@@ -31,13 +29,9 @@ static uint64_t saved_state(uint32_t leaf1_ecx)
     return (uint64_t)high << 32 | low;
 }
 
-static int has(uint32_t word, int position)
-{
-    return (word >> position) & 1;
-}
+static int has(uint32_t word, int position) { return (word >> position) & 1; }
 
-static void detect(void)
-{
+static void detect(void) {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d))
         return;
@@ -75,8 +69,7 @@ static void detect(void)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 
-static void detect(void)
-{
+static void detect(void) {
     const unsigned long caps = getauxval(AT_HWCAP);
     add_if(1, "neon"); /* part of the AArch64 baseline */
     add_if((caps & HWCAP_ASIMDHP) != 0, "asimdhp");
@@ -91,28 +84,20 @@ static void detect(void)
 
 #elif defined(__aarch64__)
 
-static void detect(void)
-{
-    add_if(1, "neon");
-}
+static void detect(void) { add_if(1, "neon"); }
 
 #else
 
-static void detect(void)
-{
-    (void)add_if;
-}
+static void detect(void) { (void)add_if; }
 
 #endif
 
-const char *const *kv_cpu_features(void)
-{
+const char *const *kv_cpu_features(void) {
     pthread_once(&once, detect);
     return found;
 }
 
-int kv_cpu_has(const char *name)
-{
+int kv_cpu_has(const char *name) {
     for (const char *const *feature = kv_cpu_features(); *feature; feature++)
         if (strcmp(*feature, name) == 0)
             return 1;

@@ -6,8 +6,7 @@
 
 #include <unistd.h>
 
-static int32_t online_cpus(void)
-{
+static int32_t online_cpus(void) {
     const long count = sysconf(_SC_NPROCESSORS_ONLN);
     return count > 0 && count < INT32_MAX ? (int32_t)count : 1;
 }
@@ -21,8 +20,7 @@ static int32_t online_cpus(void)
 
 enum { PATH_SIZE = 4200 };
 
-static int32_t affinity_cpus(void)
-{
+static int32_t affinity_cpus(void) {
     /* A mask that is too small for the kernel's makes the call fail: try larger ones. */
     for (int32_t count = 1024; count <= 1024 * 1024; count *= 4) {
         cpu_set_t *set = CPU_ALLOC((size_t)count);
@@ -38,16 +36,14 @@ static int32_t affinity_cpus(void)
 }
 
 /* CPUs that a quota in microseconds a period comes to, rounded up; INT32_MAX without a quota. */
-static int32_t quota_cpus(long long quota, long long period)
-{
+static int32_t quota_cpus(long long quota, long long period) {
     if (quota <= 0 || period <= 0)
         return INT32_MAX;
     const long long cpus = (quota + period - 1) / period;
     return cpus < INT32_MAX ? (int32_t)cpus : INT32_MAX;
 }
 
-static long long read_number(const char *directory, const char *path, const char *name)
-{
+static long long read_number(const char *directory, const char *path, const char *name) {
     char file[PATH_SIZE];
     long long value = -1;
     if (snprintf(file, sizeof(file), "%s%s/%s", directory, path, name) >= (int)sizeof(file))
@@ -62,8 +58,7 @@ static long long read_number(const char *directory, const char *path, const char
 }
 
 /* cgroup 2: cpu.max holds "quota period" or "max period". */
-static int32_t unified_cpus(const char *directory, const char *path)
-{
+static int32_t unified_cpus(const char *directory, const char *path) {
     char file[PATH_SIZE];
     long long quota = 0, period = 0;
     if (snprintf(file, sizeof(file), "%s%s/cpu.max", directory, path) >= (int)sizeof(file))
@@ -76,8 +71,7 @@ static int32_t unified_cpus(const char *directory, const char *path)
     return fields == 2 ? quota_cpus(quota, period) : INT32_MAX;
 }
 
-static int32_t legacy_cpus(const char *directory, const char *path)
-{
+static int32_t legacy_cpus(const char *directory, const char *path) {
     return quota_cpus(read_number(directory, path, "cpu.cfs_quota_us"),
                       read_number(directory, path, "cpu.cfs_period_us"));
 }
@@ -85,8 +79,7 @@ static int32_t legacy_cpus(const char *directory, const char *path)
 /* The tightest quota of a cgroup and of those above it. In a container the path may be the host's
  * and not exist; the walk then ends at the mount point, which is the container's own cgroup. */
 static int32_t tightest(int32_t (*cpus)(const char *, const char *), const char *directory,
-                        char *path)
-{
+                        char *path) {
     int32_t limit = INT32_MAX;
     for (;;) {
         const int32_t here = cpus(directory, path);
@@ -100,8 +93,7 @@ static int32_t tightest(int32_t (*cpus)(const char *, const char *), const char 
 }
 
 /* Whether the comma-separated `list` of controllers has "cpu". */
-static int has_cpu_controller(char *list)
-{
+static int has_cpu_controller(char *list) {
     char *state = NULL;
     for (char *name = strtok_r(list, ",", &state); name; name = strtok_r(NULL, ",", &state))
         if (strcmp(name, "cpu") == 0)
@@ -110,8 +102,7 @@ static int has_cpu_controller(char *list)
 }
 
 /* The lines of /proc/self/cgroup are "0::path" (cgroup 2) or "number:controllers:path". */
-static int32_t cgroup_cpus(void)
-{
+static int32_t cgroup_cpus(void) {
     char line[PATH_SIZE];
     int32_t limit = INT32_MAX;
     FILE *stream = fopen("/proc/self/cgroup", "re");
@@ -137,17 +128,13 @@ static int32_t cgroup_cpus(void)
     return limit;
 }
 
-int32_t kv_usable_cpus(void)
-{
+int32_t kv_usable_cpus(void) {
     const int32_t cpus = affinity_cpus(), quota = cgroup_cpus();
     return quota < cpus ? quota : cpus;
 }
 
 #else
 
-int32_t kv_usable_cpus(void)
-{
-    return online_cpus();
-}
+int32_t kv_usable_cpus(void) { return online_cpus(); }
 
 #endif

@@ -24,18 +24,16 @@ enum { NUM_COMPILED = sizeof(compiled) / sizeof(compiled[0]) };
 static const struct {
     const char *isa, *feature;
 } needs[] = {
-    {"avx512", "avx512f"}, {"avx512", "avx512bw"}, {"avx512", "avx512dq"},
-    {"avx512", "avx512vl"}, {"avx512", "avx2"},    {"avx512", "fma"},
-    {"avx512", "f16c"},    {"avx2", "avx2"},       {"avx2", "fma"},
-    {"avx2", "f16c"},      {"neon", "neon"},
+    {"avx512", "avx512f"}, {"avx512", "avx512bw"}, {"avx512", "avx512dq"}, {"avx512", "avx512vl"},
+    {"avx512", "avx2"},    {"avx512", "fma"},      {"avx512", "f16c"},     {"avx2", "avx2"},
+    {"avx2", "fma"},       {"avx2", "f16c"},       {"neon", "neon"},
 };
 
 static const char *available[NUM_COMPILED + 1];
 static _Atomic(const kv_kernels *) active;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static int cpu_runs(const char *isa)
-{
+static int cpu_runs(const char *isa) {
     for (size_t i = 0; i < sizeof(needs) / sizeof(needs[0]); i++)
         if (strcmp(needs[i].isa, isa) == 0 && !kv_cpu_has(needs[i].feature))
             return 0;
@@ -43,16 +41,14 @@ static int cpu_runs(const char *isa)
 }
 
 /* NULL when it is not available. */
-static const kv_kernels *find(const char *isa)
-{
+static const kv_kernels *find(const char *isa) {
     for (int i = 0; i < NUM_COMPILED; i++)
         if (strcmp(compiled[i]->isa, isa) == 0 && cpu_runs(isa))
             return compiled[i];
     return NULL;
 }
 
-static void choose(void)
-{
+static void choose(void) {
     int count = 0;
     for (int i = 0; i < NUM_COMPILED; i++)
         if (cpu_runs(compiled[i]->isa))
@@ -61,20 +57,17 @@ static void choose(void)
     atomic_store(&active, find(wanted && *wanted ? wanted : available[0]));
 }
 
-const kv_kernels *kv_active_kernels(void)
-{
+const kv_kernels *kv_active_kernels(void) {
     pthread_once(&once, choose);
     return atomic_load_explicit(&active, memory_order_acquire);
 }
 
-const char *kv_get_isa(void)
-{
+const char *kv_get_isa(void) {
     const kv_kernels *kernels = kv_active_kernels();
     return kernels ? kernels->isa : "none";
 }
 
-kv_status kv_set_isa(const char *name)
-{
+kv_status kv_set_isa(const char *name) {
     if (!name)
         return KV_ERR_NULL;
     pthread_once(&once, choose);
@@ -85,8 +78,7 @@ kv_status kv_set_isa(const char *name)
     return KV_OK;
 }
 
-const char *const *kv_available_isas(void)
-{
+const char *const *kv_available_isas(void) {
     pthread_once(&once, choose);
     return available;
 }

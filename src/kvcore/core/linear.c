@@ -13,24 +13,21 @@ typedef struct linear_context {
     int32_t num_parts;
 } linear_context;
 
-static int32_t part_begin(const linear_context *context, int32_t part)
-{
+static int32_t part_begin(const linear_context *context, int32_t part) {
     const int32_t num_outputs = context->task.num_outputs;
     const int64_t grains = ((int64_t)num_outputs + GRAIN - 1) / GRAIN;
     const int64_t begin = kv_part_begin(grains, part, context->num_parts) * GRAIN;
     return begin < num_outputs ? (int32_t)begin : num_outputs;
 }
 
-static void linear_part(void *argument, int32_t part)
-{
+static void linear_part(void *argument, int32_t part) {
     const linear_context *context = argument;
     context->kernels->linear(&context->task, part_begin(context, part),
                              part_begin(context, part + 1));
 }
 
 /* Whether `count` rows `stride` apart of `length` elements each are apart and can be addressed. */
-static int rows_are_sound(int64_t stride, int32_t count, int32_t length)
-{
+static int rows_are_sound(int64_t stride, int32_t count, int32_t length) {
     int64_t elements;
     return count == 1 || (stride >= length && !__builtin_mul_overflow(stride, count, &elements) &&
                           elements < INT64_MAX / 8);
@@ -38,8 +35,7 @@ static int rows_are_sound(int64_t stride, int32_t count, int32_t length)
 
 kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int64_t w_stride,
                     const float *bias, float *y, int64_t y_stride, int32_t num_rows,
-                    int32_t num_outputs, int32_t num_inputs)
-{
+                    int32_t num_outputs, int32_t num_inputs) {
     const kv_kernels *kernels = kv_active_kernels();
     if (num_rows < 0 || num_outputs <= 0 || num_inputs <= 0)
         return KV_ERR_VALUE;

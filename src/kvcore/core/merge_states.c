@@ -12,19 +12,16 @@ typedef struct merge_task {
     int32_t num_partials, head_dim, num_parts;
 } merge_task;
 
-static void merge_part(void *context, int32_t part)
-{
+static void merge_part(void *context, int32_t part) {
     const merge_task *task = context;
-    task->kernels->merge_states(task->outs, task->lses, task->num_partials, task->num_rows,
-                                task->head_dim,
-                                kv_part_begin(task->num_rows, part, task->num_parts),
-                                kv_part_begin(task->num_rows, part + 1, task->num_parts),
-                                task->out, task->lse);
+    task->kernels->merge_states(
+        task->outs, task->lses, task->num_partials, task->num_rows, task->head_dim,
+        kv_part_begin(task->num_rows, part, task->num_parts),
+        kv_part_begin(task->num_rows, part + 1, task->num_parts), task->out, task->lse);
 }
 
 kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
-                          int64_t num_rows, int32_t head_dim, float *out, float *lse)
-{
+                          int64_t num_rows, int32_t head_dim, float *out, float *lse) {
     int64_t elements, nbytes;
     const kv_kernels *kernels = kv_active_kernels();
     if (num_partials <= 0 || num_rows < 0 || !kv_head_dim_is_valid(head_dim))
@@ -38,8 +35,9 @@ kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_part
         return KV_ERR_NULL;
     if (!kernels)
         return KV_ERR_UNSUPPORTED;
-    merge_task task = {kernels,  outs,         lses,     out, lse,
-                       num_rows, num_partials, head_dim, kv_num_parts(elements, PART_ELEMENTS)};
+    merge_task task = {kernels,      outs,     lses,
+                       out,          lse,      num_rows,
+                       num_partials, head_dim, kv_num_parts(elements, PART_ELEMENTS)};
     kv_run_parts(task.num_parts, merge_part, &task);
     return KV_OK;
 }

@@ -19,8 +19,7 @@ typedef struct append_task {
     int32_t num_parts;
 } append_task;
 
-static void append_token(const append_task *task, const char *row, int32_t slot)
-{
+static void append_token(const append_task *task, const char *row, int32_t slot) {
     const kv_rows *rows = task->rows;
     const kv_blocks *blocks = task->blocks;
     const int64_t head_bytes = rows->head_stride * kv_dtype_bytes(rows->dtype);
@@ -31,8 +30,7 @@ static void append_token(const append_task *task, const char *row, int32_t slot)
                                rows->head_dim);
 }
 
-static void append_part(void *context, int32_t part)
-{
+static void append_part(void *context, int32_t part) {
     static const int32_t zero = 0;
     const append_task *task = context;
     const int64_t num_tokens = task->plan->num_tokens;
@@ -46,13 +44,11 @@ static void append_part(void *context, int32_t part)
         while (padded && t >= starts[s + 1])
             s++;
         if (task->plan->slots[t] >= 0)
-            append_token(task, kv_row(task->rows, starts, s, t - starts[s]),
-                         task->plan->slots[t]);
+            append_token(task, kv_row(task->rows, starts, s, t - starts[s]), task->plan->slots[t]);
     }
 }
 
-static kv_status check_slots(const kv_plan *plan, const kv_blocks *blocks)
-{
+static kv_status check_slots(const kv_plan *plan, const kv_blocks *blocks) {
     const int64_t num_slots = (int64_t)blocks->num_blocks * blocks->block_size;
     if (plan->num_tokens > 0 && !plan->slots)
         return KV_ERR_NULL;
@@ -62,8 +58,7 @@ static kv_status check_slots(const kv_plan *plan, const kv_blocks *blocks)
     return KV_OK;
 }
 
-static kv_status check_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks)
-{
+static kv_status check_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks) {
     kv_status status;
     if (!plan || !rows)
         return KV_ERR_NULL;
@@ -73,16 +68,14 @@ static kv_status check_append(const kv_plan *plan, const kv_rows *rows, const kv
         return status;
     if ((status = kv_check_rows(rows, plan->num_sequences, plan->num_tokens, 0)) != KV_OK)
         return status;
-    if (rows->padded_length > 0 &&
-        (status = kv_check_queries(plan, rows->padded_length)) != KV_OK)
+    if (rows->padded_length > 0 && (status = kv_check_queries(plan, rows->padded_length)) != KV_OK)
         return status;
     if (rows->num_heads != blocks->num_heads || rows->head_dim != blocks->head_dim)
         return KV_ERR_VALUE;
     return check_slots(plan, blocks);
 }
 
-kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks)
-{
+kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks) {
     const kv_status status = check_append(plan, rows, blocks);
     const kv_kernels *kernels = kv_active_kernels();
     if (status != KV_OK)
@@ -106,8 +99,7 @@ typedef struct read_task {
     int32_t start, num_tokens, num_parts;
 } read_task;
 
-static void read_part(void *context, int32_t part)
-{
+static void read_part(void *context, int32_t part) {
     static const int32_t zero = 0;
     const read_task *task = context;
     const kv_blocks *blocks = task->blocks;
@@ -119,16 +111,14 @@ static void read_part(void *context, int32_t part)
         const int32_t j = task->start + i;
         const int32_t block = task->block_row[j / blocks->block_size];
         for (int32_t head = 0; head < out->num_heads; head++)
-            task->kernels->convert(
-                kv_block_row(blocks, block, head, j % blocks->block_size), blocks->format,
-                kv_row(out, &zero, 0, i) + head * head_bytes, kv_dtype_format(out->dtype),
-                out->head_dim);
+            task->kernels->convert(kv_block_row(blocks, block, head, j % blocks->block_size),
+                                   blocks->format, kv_row(out, &zero, 0, i) + head * head_bytes,
+                                   kv_dtype_format(out->dtype), out->head_dim);
     }
 }
 
 kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num_columns,
-                  int32_t start, int32_t stop, const kv_rows *out)
-{
+                  int32_t start, int32_t stop, const kv_rows *out) {
     kv_status status;
     const kv_kernels *kernels = kv_active_kernels();
     if ((status = kv_check_blocks(blocks)) != KV_OK)
@@ -153,8 +143,8 @@ kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num
         return KV_ERR_UNSUPPORTED;
     const int32_t num_tokens = stop - start;
     const int64_t nbytes = (int64_t)num_tokens * out->num_heads * out->head_dim * 4;
-    read_task task = {kernels, blocks,     block_row, out,
-                      start,   num_tokens, kv_num_parts(nbytes, PART_BYTES)};
+    read_task task = {
+        kernels, blocks, block_row, out, start, num_tokens, kv_num_parts(nbytes, PART_BYTES)};
     kv_run_parts(task.num_parts, read_part, &task);
     return KV_OK;
 }
@@ -167,8 +157,7 @@ typedef struct copy_task {
     int32_t num_parts;
 } copy_task;
 
-static void copy_head(const kv_blocks *blocks, const int32_t *copy, int32_t head)
-{
+static void copy_head(const kv_blocks *blocks, const int32_t *copy, int32_t head) {
     const int64_t row_bytes = kv_format_row_bytes(blocks->format, blocks->head_dim);
     const char *from = kv_block_row(blocks, copy[0], head, 0);
     char *to = kv_block_row(blocks, copy[1], head, 0);
@@ -180,8 +169,7 @@ static void copy_head(const kv_blocks *blocks, const int32_t *copy, int32_t head
         memcpy(to + i * blocks->token_stride, from + i * blocks->token_stride, (size_t)row_bytes);
 }
 
-static void copy_part(void *context, int32_t part)
-{
+static void copy_part(void *context, int32_t part) {
     const copy_task *task = context;
     const int32_t num_heads = task->blocks->num_heads;
     const int64_t count = (int64_t)task->plan->num_copies * num_heads;
@@ -190,8 +178,7 @@ static void copy_part(void *context, int32_t part)
         copy_head(task->blocks, task->plan->copies + 3 * (i / num_heads), (int32_t)(i % num_heads));
 }
 
-kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks)
-{
+kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks) {
     int64_t num_rows = 0;
     if (!plan)
         return KV_ERR_NULL;
@@ -209,8 +196,8 @@ kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks)
             return KV_ERR_RANGE;
         num_rows += copy[2];
     }
-    const int64_t nbytes = num_rows * blocks->num_heads *
-                           kv_format_row_bytes(blocks->format, blocks->head_dim);
+    const int64_t nbytes =
+        num_rows * blocks->num_heads * kv_format_row_bytes(blocks->format, blocks->head_dim);
     copy_task task = {plan, blocks, kv_num_parts(nbytes, PART_BYTES)};
     kv_run_parts(task.num_parts, copy_part, &task);
     return KV_OK;
@@ -227,21 +214,18 @@ typedef struct convert_task {
     int32_t head_dim, num_parts;
 } convert_task;
 
-static void convert_part(void *context, int32_t part)
-{
+static void convert_part(void *context, int32_t part) {
     const convert_task *task = context;
     const int64_t begin = kv_part_begin(task->num_rows, part, task->num_parts);
     const int64_t end = kv_part_begin(task->num_rows, part + 1, task->num_parts);
     task->kernels->convert(
         task->from + begin * kv_format_row_bytes(task->from_format, task->head_dim),
-        task->from_format,
-        task->to + begin * kv_format_row_bytes(task->to_format, task->head_dim), task->to_format,
-        (end - begin) * task->head_dim);
+        task->from_format, task->to + begin * kv_format_row_bytes(task->to_format, task->head_dim),
+        task->to_format, (end - begin) * task->head_dim);
 }
 
 static kv_status convert_rows(const void *from, kv_format from_format, void *to,
-                              kv_format to_format, int64_t num_rows, int32_t head_dim)
-{
+                              kv_format to_format, int64_t num_rows, int32_t head_dim) {
     int64_t nbytes;
     const kv_kernels *kernels = kv_active_kernels();
     if (!kv_head_dim_is_valid(head_dim) || num_rows < 0)
@@ -254,23 +238,21 @@ static kv_status convert_rows(const void *from, kv_format from_format, void *to,
         return KV_ERR_NULL;
     if (!kernels)
         return KV_ERR_UNSUPPORTED;
-    convert_task task = {kernels,  from,     to, from_format, to_format,
-                         num_rows, head_dim, kv_num_parts(nbytes, PART_BYTES)};
+    convert_task task = {kernels,   from,     to,       from_format,
+                         to_format, num_rows, head_dim, kv_num_parts(nbytes, PART_BYTES)};
     kv_run_parts(task.num_parts, convert_part, &task);
     return KV_OK;
 }
 
 kv_status kv_quantize(const void *rows, kv_dtype dtype, kv_format format, int64_t num_rows,
-                      int32_t head_dim, void *out)
-{
+                      int32_t head_dim, void *out) {
     if (!kv_dtype_is_valid(dtype) || !kv_format_is_valid(format))
         return KV_ERR_VALUE;
     return convert_rows(rows, kv_dtype_format(dtype), out, format, num_rows, head_dim);
 }
 
 kv_status kv_dequantize(const void *codes, kv_format format, int64_t num_rows, int32_t head_dim,
-                        kv_dtype dtype, void *out)
-{
+                        kv_dtype dtype, void *out) {
     if (!kv_dtype_is_valid(dtype) || !kv_format_is_valid(format))
         return KV_ERR_VALUE;
     return convert_rows(codes, format, out, kv_dtype_format(dtype), num_rows, head_dim);

@@ -1,20 +1,20 @@
 #include "storage.h"
 
-static int is_power_of_two(int32_t n)
-{
-    return n > 0 && (n & (n - 1)) == 0;
-}
+static int is_power_of_two(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 kv_status kv_blocks_init(kv_blocks *out, void *data, kv_format format, int32_t num_blocks,
-                         int32_t num_heads, int32_t block_size, int32_t head_dim)
-{
+                         int32_t num_heads, int32_t block_size, int32_t head_dim) {
     if (!out)
         return KV_ERR_NULL;
     if (!kv_format_is_valid(format) || num_blocks <= 0 || num_heads <= 0 ||
         !is_power_of_two(block_size) || block_size < 16 || !kv_head_dim_is_valid(head_dim))
         return KV_ERR_VALUE;
-    kv_blocks blocks = {.data = data, .format = format, .num_blocks = num_blocks,
-                        .num_heads = num_heads, .block_size = block_size, .head_dim = head_dim};
+    kv_blocks blocks = {.data = data,
+                        .format = format,
+                        .num_blocks = num_blocks,
+                        .num_heads = num_heads,
+                        .block_size = block_size,
+                        .head_dim = head_dim};
     int64_t nbytes;
     blocks.token_stride = kv_format_row_bytes(format, head_dim);
     if (__builtin_mul_overflow(blocks.token_stride, block_size, &blocks.head_stride) ||
@@ -26,8 +26,7 @@ kv_status kv_blocks_init(kv_blocks *out, void *data, kv_format format, int32_t n
 }
 
 /* From the first byte to the last, whatever the strides; -1 for blocks that are not valid. */
-int64_t kv_blocks_nbytes(const kv_blocks *blocks)
-{
+int64_t kv_blocks_nbytes(const kv_blocks *blocks) {
     int64_t heads, tokens, nbytes;
     if (!blocks || !kv_format_is_valid(blocks->format) || blocks->num_blocks <= 0 ||
         blocks->num_heads <= 0 || blocks->block_size <= 0 || blocks->head_dim <= 0)
@@ -43,18 +42,16 @@ int64_t kv_blocks_nbytes(const kv_blocks *blocks)
     return nbytes;
 }
 
-static int stride_is_sound(int64_t stride, int32_t extent, int64_t row_bytes, int32_t alignment)
-{
+static int stride_is_sound(int64_t stride, int32_t extent, int64_t row_bytes, int32_t alignment) {
     return extent == 1 || (stride >= row_bytes && stride % alignment == 0);
 }
 
-kv_status kv_check_blocks(const kv_blocks *blocks)
-{
+kv_status kv_check_blocks(const kv_blocks *blocks) {
     if (!blocks || !blocks->data)
         return KV_ERR_NULL;
-    if (!kv_format_is_valid(blocks->format) || blocks->num_blocks <= 0 ||
-        blocks->num_heads <= 0 || !is_power_of_two(blocks->block_size) ||
-        blocks->block_size < 16 || !kv_head_dim_is_valid(blocks->head_dim))
+    if (!kv_format_is_valid(blocks->format) || blocks->num_blocks <= 0 || blocks->num_heads <= 0 ||
+        !is_power_of_two(blocks->block_size) || blocks->block_size < 16 ||
+        !kv_head_dim_is_valid(blocks->head_dim))
         return KV_ERR_VALUE;
     const int64_t row_bytes = kv_format_row_bytes(blocks->format, blocks->head_dim);
     const int32_t alignment = blocks->format == KV_FORMAT_FP32 ? 4 : 2;
@@ -67,21 +64,18 @@ kv_status kv_check_blocks(const kv_blocks *blocks)
 }
 
 /* Whether extent * stride elements can be addressed. */
-static int can_address(int64_t extent, int64_t stride)
-{
+static int can_address(int64_t extent, int64_t stride) {
     int64_t elements;
-    return !__builtin_mul_overflow(extent, stride, &elements) &&
-           elements < INT64_MAX / 16 && elements > INT64_MIN / 16;
+    return !__builtin_mul_overflow(extent, stride, &elements) && elements < INT64_MAX / 16 &&
+           elements > INT64_MIN / 16;
 }
 
-static int overlaps(int64_t stride, int64_t extent, int32_t head_dim)
-{
+static int overlaps(int64_t stride, int64_t extent, int32_t head_dim) {
     return extent > 1 && stride < head_dim && stride > -head_dim;
 }
 
 kv_status kv_check_rows(const kv_rows *rows, int32_t num_sequences, int32_t num_tokens,
-                        int is_output)
-{
+                        int is_output) {
     if (!rows)
         return KV_ERR_NULL;
     if (!kv_dtype_is_valid(rows->dtype) || rows->num_heads <= 0 ||
@@ -106,8 +100,7 @@ kv_status kv_check_rows(const kv_rows *rows, int32_t num_sequences, int32_t num_
     return KV_OK;
 }
 
-kv_status kv_check_queries(const kv_plan *plan, int32_t padded_length)
-{
+kv_status kv_check_queries(const kv_plan *plan, int32_t padded_length) {
     if (plan->num_sequences < 0 || plan->num_tokens < 0)
         return KV_ERR_VALUE;
     if (!plan->query_starts)
@@ -124,8 +117,7 @@ kv_status kv_check_queries(const kv_plan *plan, int32_t padded_length)
     return KV_OK;
 }
 
-kv_status kv_check_block_ids(const int32_t *ids, int64_t count, int32_t num_blocks)
-{
+kv_status kv_check_block_ids(const int32_t *ids, int64_t count, int32_t num_blocks) {
     int outside = 0; /* no early exit, so that the loop runs in vectors */
     for (int64_t i = 0; i < count; i++)
         outside |= (uint32_t)ids[i] >= (uint32_t)num_blocks;

@@ -6,23 +6,17 @@
 
 /* The row of one slot and head. */
 static inline char *kv_block_row(const kv_blocks *blocks, int32_t block, int32_t head,
-                                 int32_t offset)
-{
+                                 int32_t offset) {
     return (char *)blocks->data + block * blocks->block_stride + head * blocks->head_stride +
            offset * blocks->token_stride;
 }
 
-static inline int32_t kv_dtype_bytes(kv_dtype dtype)
-{
-    return dtype == KV_DTYPE_F32 ? 4 : 2;
-}
+static inline int32_t kv_dtype_bytes(kv_dtype dtype) { return dtype == KV_DTYPE_F32 ? 4 : 2; }
 
 /* Head 0 of token i of sequence s; `starts` is used for ragged rows only. */
-static inline char *kv_row(const kv_rows *rows, const int32_t *starts, int32_t s, int32_t i)
-{
-    const int64_t token = rows->padded_length
-                              ? s * rows->sequence_stride + i * rows->token_stride
-                              : (int64_t)(starts[s] + i) * rows->token_stride;
+static inline char *kv_row(const kv_rows *rows, const int32_t *starts, int32_t s, int32_t i) {
+    const int64_t token = rows->padded_length ? s * rows->sequence_stride + i * rows->token_stride
+                                              : (int64_t)(starts[s] + i) * rows->token_stride;
     return (char *)rows->data + token * kv_dtype_bytes(rows->dtype);
 }
 

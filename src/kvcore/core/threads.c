@@ -20,7 +20,7 @@ enum { SPINS = 400 };
 typedef struct worker {
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    atomic_uint ticket;  /* goes up by one for each part it is given */
+    atomic_uint ticket; /* goes up by one for each part it is given */
     atomic_int sleeping;
 } worker;
 
@@ -35,8 +35,8 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t done;
     atomic_int waiting; /* whether the caller sleeps on `done` */
-} pool = {.busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER,
-          .done = PTHREAD_COND_INITIALIZER};
+} pool = {
+    .busy = ATOMIC_FLAG_INIT, .lock = PTHREAD_MUTEX_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
 static atomic_int num_threads; /* 0: the default */
 static int32_t default_threads;
@@ -46,8 +46,7 @@ static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
 /* ---- how many -------------------------------------------------------------------------------- */
 
-static void find_limits(void)
-{
+static void find_limits(void) {
     usable_cpus = kv_usable_cpus();
     default_threads = usable_cpus < KV_MAX_THREADS ? usable_cpus : KV_MAX_THREADS;
     const char *text = getenv("KVCORE_NUM_THREADS");
@@ -59,38 +58,33 @@ static void find_limits(void)
     }
 }
 
-kv_status kv_set_num_threads(int32_t count)
-{
+kv_status kv_set_num_threads(int32_t count) {
     if (count < 0 || count > KV_MAX_THREADS)
         return KV_ERR_RANGE;
     atomic_store(&num_threads, count);
     return KV_OK;
 }
 
-int32_t kv_get_num_threads(void)
-{
+int32_t kv_get_num_threads(void) {
     const int32_t count = atomic_load(&num_threads);
     pthread_once(&limits_once, find_limits);
     return count ? count : default_threads;
 }
 
-int32_t kv_num_parts(int64_t work, int64_t smallest)
-{
+int32_t kv_num_parts(int64_t work, int64_t smallest) {
     const int64_t parts = work / smallest;
     const int32_t threads = kv_get_num_threads();
     return parts < 1 ? 1 : parts < threads ? (int32_t)parts : threads;
 }
 
-int64_t kv_part_begin(int64_t count, int32_t part, int32_t num_parts)
-{
+int64_t kv_part_begin(int64_t count, int32_t part, int32_t num_parts) {
     /* in two steps, so that nothing overflows */
     return count / num_parts * part + count % num_parts * part / num_parts;
 }
 
 /* ---- waiting --------------------------------------------------------------------------------- */
 
-static void relax(void)
-{
+static void relax(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -101,8 +95,7 @@ static void relax(void)
 /* Returns when the worker's ticket is no longer `seen`. The sleeper sets `sleeping` and then looks
  * at the ticket; the waker sets the ticket and then looks at `sleeping`: one of them sees the
  * other. */
-static void wait_for_ticket(worker *self, unsigned seen, int max_spins)
-{
+static void wait_for_ticket(worker *self, unsigned seen, int max_spins) {
     for (int i = 0; i < max_spins; i++) {
         if (atomic_load(&self->ticket) != seen)
             return;
@@ -116,8 +109,7 @@ static void wait_for_ticket(worker *self, unsigned seen, int max_spins)
     pthread_mutex_unlock(&self->lock);
 }
 
-static void give_ticket(worker *to)
-{
+static void give_ticket(worker *to) {
     atomic_fetch_add(&to->ticket, 1);
     if (atomic_load(&to->sleeping)) {
         pthread_mutex_lock(&to->lock);
@@ -126,8 +118,7 @@ static void give_ticket(worker *to)
     }
 }
 
-static void wait_until_done(void)
-{
+static void wait_until_done(void) {
     for (int i = 0; i < pool.max_spins; i++) {
         if (atomic_load(&pool.pending) == 0)
             return;
@@ -141,8 +132,7 @@ static void wait_until_done(void)
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void finish_part(void)
-{
+static void finish_part(void) {
     if (atomic_fetch_sub(&pool.pending, 1) == 1 && atomic_load(&pool.waiting)) {
         pthread_mutex_lock(&pool.lock);
         pthread_cond_signal(&pool.done);
@@ -157,8 +147,7 @@ typedef struct start {
     int32_t part;
 } start;
 
-static void *run_worker(void *argument)
-{
+static void *run_worker(void *argument) {
     const start given = *(start *)argument;
     free(argument);
     int max_spins = 0;
@@ -172,8 +161,7 @@ static void *run_worker(void *argument)
 }
 
 /* Workers block all signals, so that these interrupt the threads that wait for them. */
-static int start_thread(start *argument)
-{
+static int start_thread(start *argument) {
     pthread_t thread;
     pthread_attr_t attributes;
     sigset_t all, previous;
@@ -189,8 +177,7 @@ static int start_thread(start *argument)
 }
 
 /* Starts the worker of the next part number; 0 when the system gives no thread. */
-static int add_worker(void)
-{
+static int add_worker(void) {
     worker *self = calloc(1, sizeof(*self));
     start *argument = malloc(sizeof(*argument));
     const int32_t part = pool.num_workers + 1;
@@ -211,8 +198,7 @@ static int add_worker(void)
 
 /* Only the forking thread lives on in a child: it starts with an empty pool. The old workers' few
  * bytes stay allocated, since a lock that another thread held cannot be destroyed. */
-static void reset_after_fork(void)
-{
+static void reset_after_fork(void) {
     pool.num_workers = 0;
     atomic_store(&pool.pending, 0);
     atomic_store(&pool.waiting, 0);
@@ -221,21 +207,16 @@ static void reset_after_fork(void)
     atomic_flag_clear(&pool.busy);
 }
 
-static void watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, reset_after_fork);
-}
+static void watch_forks(void) { pthread_atfork(NULL, NULL, reset_after_fork); }
 
 /* ---- running --------------------------------------------------------------------------------- */
 
-static void run_in_caller(int32_t begin, int32_t end, kv_part_function function, void *context)
-{
+static void run_in_caller(int32_t begin, int32_t end, kv_part_function function, void *context) {
     for (int32_t part = begin; part < end; part++)
         function(context, part);
 }
 
-void kv_run_parts(int32_t num_parts, kv_part_function function, void *context)
-{
+void kv_run_parts(int32_t num_parts, kv_part_function function, void *context) {
     if (num_parts <= 1 || atomic_flag_test_and_set(&pool.busy)) {
         run_in_caller(0, num_parts, function, context);
         return;

@@ -10,24 +10,14 @@ static kv_workspace *kept;
 static int num_kept;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
-static void take_lock(void)
-{
-    pthread_mutex_lock(&lock);
-}
+static void take_lock(void) { pthread_mutex_lock(&lock); }
 
-static void give_lock(void)
-{
-    pthread_mutex_unlock(&lock);
-}
+static void give_lock(void) { pthread_mutex_unlock(&lock); }
 
 /* A child of fork must not find the list locked by a thread that it does not have. */
-static void watch_forks(void)
-{
-    pthread_atfork(take_lock, give_lock, give_lock);
-}
+static void watch_forks(void) { pthread_atfork(take_lock, give_lock, give_lock); }
 
-kv_workspace *kv_workspace_acquire(void)
-{
+kv_workspace *kv_workspace_acquire(void) {
     pthread_once(&fork_once, watch_forks);
     take_lock();
     kv_workspace *workspace = kept;
@@ -39,8 +29,7 @@ kv_workspace *kv_workspace_acquire(void)
     return workspace ? workspace : calloc(1, sizeof(*workspace));
 }
 
-void kv_workspace_release(kv_workspace *workspace)
-{
+void kv_workspace_release(kv_workspace *workspace) {
     take_lock();
     const int keep = num_kept < MAX_KEPT;
     if (keep) {
@@ -56,8 +45,7 @@ void kv_workspace_release(kv_workspace *workspace)
     free(workspace);
 }
 
-void *kv_workspace_reserve(kv_workspace *workspace, int buffer, size_t nbytes)
-{
+void *kv_workspace_reserve(kv_workspace *workspace, int buffer, size_t nbytes) {
     if (nbytes <= workspace->sizes[buffer])
         return workspace->buffers[buffer];
     kv_memory_free(workspace->buffers[buffer], workspace->sizes[buffer]);

@@ -15,8 +15,7 @@ typedef struct kv_ahead {
     int32_t row_bytes;
 } kv_ahead;
 
-KV_INLINE void kv_prefetch_rows(kv_ahead ahead, int32_t begin, int32_t end)
-{
+KV_INLINE void kv_prefetch_rows(kv_ahead ahead, int32_t begin, int32_t end) {
     if (!ahead.run)
         return;
     for (int32_t t = begin; t < end && t < ahead.run->count; t++)
@@ -28,8 +27,7 @@ KV_INLINE void kv_prefetch_rows(kv_ahead ahead, int32_t begin, int32_t end)
 
 /* One vector of dims of num_rows queries and num_tokens keys: sum[r * num_tokens + t] += q_r k_t. */
 KV_INLINE void kv_score_dims(kv_format format, int num_rows, int num_tokens, const float *q,
-                             int32_t q_width, const char *const *k, int32_t d, int n, kv_vec *sum)
-{
+                             int32_t q_width, const char *const *k, int32_t d, int n, kv_vec *sum) {
     kv_vec x[4];
     KV_UNROLL
     for (int r = 0; r < num_rows; r++)
@@ -45,8 +43,7 @@ KV_INLINE void kv_score_dims(kv_format format, int num_rows, int num_tokens, con
 
 /* Tokens that num_rows rows meet at once: the vectors that they sum into, rounded up to four rows
  * for three, so that the number of tokens stays a power of two. */
-KV_INLINE int kv_tokens_at_once(int num_rows)
-{
+KV_INLINE int kv_tokens_at_once(int num_rows) {
     return KV_ACCUMULATORS / (num_rows == 3 ? 4 : num_rows);
 }
 
@@ -54,8 +51,7 @@ KV_INLINE int kv_tokens_at_once(int num_rows)
  * in for the missing ones: nothing outside the run is read, and what it yields is not used. */
 KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, int32_t q_width,
                                const kv_run *run, int32_t t, int32_t count, int32_t head_dim,
-                               float *scores)
-{
+                               float *scores) {
     const int num_tokens = kv_tokens_at_once(num_rows);
     const char *k[KV_ACCUMULATORS];
     kv_vec sum[KV_ACCUMULATORS];
@@ -85,8 +81,7 @@ KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, i
 /* Scores of the rows [row, row + num_rows) over the part of a run that starts at token `start` of
  * the split and that the last of these rows sees. */
 KV_INLINE void kv_score_group(const kv_split_task *task, kv_format format, const kv_run *run,
-                              int32_t start, int32_t row, int num_rows, kv_ahead ahead)
-{
+                              int32_t start, int32_t row, int num_rows, kv_ahead ahead) {
     const int num_tokens = kv_tokens_at_once(num_rows);
     const int32_t seen = task->visible[row + num_rows - 1] - start;
     const int32_t count = seen < run->count ? seen : run->count;
@@ -99,8 +94,7 @@ KV_INLINE void kv_score_group(const kv_split_task *task, kv_format format, const
 }
 
 KV_INLINE void kv_score_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                            int32_t start, kv_ahead ahead)
-{
+                            int32_t start, kv_ahead ahead) {
     int32_t row = 0;
     for (; row + 4 <= task->num_rows; row += 4) {
         kv_score_group(task, format, run, start, row, 4, ahead);
@@ -121,14 +115,13 @@ KV_INLINE void kv_score_run(const kv_split_task *task, kv_format format, const k
  * exist of the last vector. */
 KV_INLINE void kv_value_tile(kv_format format, int num_rows, int num_vectors, const float *p,
                              const kv_run *run, int32_t begin, int32_t end, int32_t d, int n,
-                             float *o, int32_t o_width, kv_ahead ahead)
-{
+                             float *o, int32_t o_width, kv_ahead ahead) {
     kv_vec sum[KV_ACCUMULATORS];
     KV_UNROLL
     for (int r = 0; r < num_rows; r++)
         KV_UNROLL
-        for (int i = 0; i < num_vectors; i++)
-            sum[r * num_vectors + i] = kv_load(o + r * o_width + d + i * KV_LANES);
+    for (int i = 0; i < num_vectors; i++)
+        sum[r * num_vectors + i] = kv_load(o + r * o_width + d + i * KV_LANES);
     const char *row = run->rows + begin * run->stride;
     for (int32_t t = begin; t < end;) {
         const int32_t pause = end - t < KV_AHEAD_TOKENS ? end : t + KV_AHEAD_TOKENS;
@@ -150,24 +143,23 @@ KV_INLINE void kv_value_tile(kv_format format, int num_rows, int num_vectors, co
     KV_UNROLL
     for (int r = 0; r < num_rows; r++)
         KV_UNROLL
-        for (int i = 0; i < num_vectors; i++)
-            kv_store(o + r * o_width + d + i * KV_LANES, sum[r * num_vectors + i]);
+    for (int i = 0; i < num_vectors; i++)
+        kv_store(o + r * o_width + d + i * KV_LANES, sum[r * num_vectors + i]);
 }
 
 /* Tokens [begin, end) of a run, all of which num_rows rows see, in strips of dims. */
 KV_INLINE void kv_value_tokens(kv_format format, int num_rows, const float *p, const kv_run *run,
                                int32_t begin, int32_t end, int32_t head_dim, float *o,
-                               int32_t o_width, kv_ahead ahead)
-{
+                               int32_t o_width, kv_ahead ahead) {
     int32_t d = 0;
     if (begin >= end)
         return;
-#define KV_STRIPS(num_vectors)                                                                 \
-    if (num_rows * (num_vectors) <= KV_ACCUMULATORS)                                           \
-        for (; d + (num_vectors) * KV_LANES <= head_dim; d += (num_vectors) * KV_LANES) {      \
-            kv_value_tile(format, num_rows, num_vectors, p, run, begin, end, d, KV_LANES, o,   \
-                          o_width, ahead);                                                     \
-            ahead.run = NULL;                                                                  \
+#define KV_STRIPS(num_vectors)                                                               \
+    if (num_rows * (num_vectors) <= KV_ACCUMULATORS)                                         \
+        for (; d + (num_vectors) * KV_LANES <= head_dim; d += (num_vectors) * KV_LANES) {    \
+            kv_value_tile(format, num_rows, num_vectors, p, run, begin, end, d, KV_LANES, o, \
+                          o_width, ahead);                                                   \
+            ahead.run = NULL;                                                                \
         }
     KV_STRIPS(8)
     KV_STRIPS(4)
@@ -180,15 +172,13 @@ KV_INLINE void kv_value_tokens(kv_format format, int num_rows, const float *p, c
 
 /* The tokens that all rows of the group see go through together, the rest row by row. */
 KV_INLINE void kv_value_group(const kv_split_task *task, kv_format format, const kv_run *run,
-                              int32_t start, int32_t row, int num_rows, kv_ahead ahead)
-{
+                              int32_t start, int32_t row, int num_rows, kv_ahead ahead) {
     const int32_t *visible = task->visible + row;
     const float *p = task->scores + (int64_t)row * KV_SPLIT + start;
     float *o = task->out.o + (int64_t)row * task->o_width;
     int32_t common = visible[0] - start;
     common = common < 0 ? 0 : common < run->count ? common : run->count;
-    kv_value_tokens(format, num_rows, p, run, 0, common, task->head_dim_v, o, task->o_width,
-                    ahead);
+    kv_value_tokens(format, num_rows, p, run, 0, common, task->head_dim_v, o, task->o_width, ahead);
     ahead.run = NULL;
     for (int r = 1; r < num_rows; r++) {
         const int32_t seen = visible[r] - start;
@@ -199,8 +189,7 @@ KV_INLINE void kv_value_group(const kv_split_task *task, kv_format format, const
 }
 
 KV_INLINE void kv_value_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                            int32_t start, kv_ahead ahead)
-{
+                            int32_t start, kv_ahead ahead) {
     int32_t row = 0;
     for (; row + 4 <= task->num_rows; row += 4) {
         kv_value_group(task, format, run, start, row, 4, ahead);
@@ -218,8 +207,7 @@ KV_INLINE void kv_value_run(const kv_split_task *task, kv_format format, const k
 /* ---- one split ------------------------------------------------------------------------------- */
 
 /* The i-th run of K, V and then the next split's K, in the order in which they are read. */
-KV_INLINE kv_ahead kv_run_ahead(const kv_split_task *task, int32_t i)
-{
+KV_INLINE kv_ahead kv_run_ahead(const kv_split_task *task, int32_t i) {
     const int32_t n = task->runs->num_runs;
     const int32_t k_bytes = task->head_dim * (task->k_format == KV_FORMAT_FP32 ? 4 : 2);
     const int32_t v_bytes = task->head_dim_v * (task->v_format == KV_FORMAT_FP32 ? 4 : 2);
@@ -233,16 +221,14 @@ KV_INLINE kv_ahead kv_run_ahead(const kv_split_task *task, int32_t i)
 }
 
 /* How many runs lie between what is computed and what is fetched: about 24 KiB. */
-KV_INLINE int32_t kv_ahead_distance(const kv_split_task *task)
-{
+KV_INLINE int32_t kv_ahead_distance(const kv_split_task *task) {
     const kv_ahead first = kv_run_ahead(task, 0);
     const int32_t distance = 24576 / (first.run->count * first.row_bytes);
     return distance < 1 ? 1 : distance;
 }
 
 KV_INLINE kv_run kv_decode_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                               int32_t head_dim, int32_t width)
-{
+                               int32_t head_dim, int32_t width) {
     for (int32_t t = 0; t < run->count; t++)
         kv_convert(run->rows + t * run->stride, format, task->decoded + (int64_t)t * width,
                    KV_FORMAT_FP32, head_dim);
@@ -250,8 +236,7 @@ KV_INLINE kv_run kv_decode_run(const kv_split_task *task, kv_format format, cons
                     run->count};
 }
 
-static void kv_score_split(const kv_split_task *task)
-{
+static void kv_score_split(const kv_split_task *task) {
     const int32_t distance = kv_ahead_distance(task);
     const int decode = task->k_format != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;
     int32_t start = 0;
@@ -273,8 +258,7 @@ static void kv_score_split(const kv_split_task *task)
     }
 }
 
-static void kv_value_split(const kv_split_task *task)
-{
+static void kv_value_split(const kv_split_task *task) {
     const int32_t distance = kv_ahead_distance(task), n = task->runs->num_runs;
     const int decode = task->v_format != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;
     int32_t start = 0;
@@ -297,15 +281,14 @@ static void kv_value_split(const kv_split_task *task)
     }
 }
 
-static void kv_attend_split(const kv_split_task *task)
-{
+static void kv_attend_split(const kv_split_task *task) {
     kv_score_split(task);
     for (int32_t r = 0; r < task->num_rows; r++) {
         task->out.m[r] = -INFINITY;
         task->out.l[r] = 0.0f;
         if (task->visible[r] > 0)
-            kv_softmax_row(task->scores + (int64_t)r * KV_SPLIT, task->visible[r],
-                           task->out.m + r, task->out.l + r);
+            kv_softmax_row(task->scores + (int64_t)r * KV_SPLIT, task->visible[r], task->out.m + r,
+                           task->out.l + r);
     }
     kv_value_split(task);
 }

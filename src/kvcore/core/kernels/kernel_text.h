@@ -10,13 +10,13 @@
 
 #include "linear_kernel.h"
 
-#define KV_KERNEL_TABLE(name)                     \
-    {                                             \
-        .isa = name,                              \
-        .convert = kv_convert,                    \
-        .attend_split = kv_attend_split,          \
-        .merge_partial = kv_merge_partial,        \
-        .normalize = kv_normalize,                \
-        .merge_states = kv_merge_states_rows,     \
-        .linear = kv_linear_range,                \
+#define KV_KERNEL_TABLE(name)                 \
+    {                                         \
+        .isa = name,                          \
+        .convert = kv_convert,                \
+        .attend_split = kv_attend_split,      \
+        .merge_partial = kv_merge_partial,    \
+        .normalize = kv_normalize,            \
+        .merge_states = kv_merge_states_rows, \
+        .linear = kv_linear_range,            \
     }

@@ -5,11 +5,11 @@
 #include "kvcore.h"
 
 enum {
-    KV_SPLIT = 256,     /* tokens of a split: docs/numerics.md */
-    KV_RUN = 32,        /* most tokens that a kernel takes from one block at a time */
-    KV_MAX_RUNS = 16,   /* runs of a split: the smallest block has 16 tokens */
-    KV_TILE_ROWS = 64,  /* most query rows that share one pass over a split */
-    KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
+    KV_SPLIT = 256,    /* tokens of a split: docs/numerics.md */
+    KV_RUN = 32,       /* most tokens that a kernel takes from one block at a time */
+    KV_MAX_RUNS = 16,  /* runs of a split: the smallest block has 16 tokens */
+    KV_TILE_ROWS = 64, /* most query rows that share one pass over a split */
+    KV_ROW_ALIGN = 16  /* scratch rows are padded to a multiple of the widest vector */
 };
 
 /* Consecutive token rows of one block and head. */
@@ -65,8 +65,8 @@ typedef struct kv_kernels {
     void (*normalize)(const float *o, float l, float *out, int32_t width);
     /* Rows [begin, end) of kv_merge_states. */
     void (*merge_states)(const float *outs, const float *lses, int32_t num_partials,
-                         int64_t num_rows, int32_t head_dim, int64_t begin, int64_t end,
-                         float *out, float *lse);
+                         int64_t num_rows, int32_t head_dim, int64_t begin, int64_t end, float *out,
+                         float *lse);
     /* Outputs [begin, end) of every row. */
     void (*linear)(const kv_linear_task *task, int32_t begin, int32_t end);
 } kv_kernels;

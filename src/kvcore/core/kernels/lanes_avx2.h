@@ -11,97 +11,58 @@
 
 typedef __m256 kv_vec;
 
-KV_INLINE kv_vec kv_zero(void)
-{
-    return _mm256_setzero_ps();
-}
+KV_INLINE kv_vec kv_zero(void) { return _mm256_setzero_ps(); }
 
-KV_INLINE kv_vec kv_broadcast(float x)
-{
-    return _mm256_set1_ps(x);
-}
+KV_INLINE kv_vec kv_broadcast(float x) { return _mm256_set1_ps(x); }
 
-KV_INLINE kv_vec kv_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
+KV_INLINE kv_vec kv_load(const float *p) { return _mm256_loadu_ps(p); }
 
-KV_INLINE void kv_store(float *p, kv_vec x)
-{
-    _mm256_storeu_ps(p, x);
-}
+KV_INLINE void kv_store(float *p, kv_vec x) { _mm256_storeu_ps(p, x); }
 
-KV_INLINE kv_vec kv_add(kv_vec a, kv_vec b)
-{
-    return _mm256_add_ps(a, b);
-}
+KV_INLINE kv_vec kv_add(kv_vec a, kv_vec b) { return _mm256_add_ps(a, b); }
 
-KV_INLINE kv_vec kv_sub(kv_vec a, kv_vec b)
-{
-    return _mm256_sub_ps(a, b);
-}
+KV_INLINE kv_vec kv_sub(kv_vec a, kv_vec b) { return _mm256_sub_ps(a, b); }
 
-KV_INLINE kv_vec kv_mul(kv_vec a, kv_vec b)
-{
-    return _mm256_mul_ps(a, b);
-}
+KV_INLINE kv_vec kv_mul(kv_vec a, kv_vec b) { return _mm256_mul_ps(a, b); }
 
-KV_INLINE kv_vec kv_div(kv_vec a, kv_vec b)
-{
-    return _mm256_div_ps(a, b);
-}
+KV_INLINE kv_vec kv_div(kv_vec a, kv_vec b) { return _mm256_div_ps(a, b); }
 
-KV_INLINE kv_vec kv_fma(kv_vec a, kv_vec b, kv_vec c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
+KV_INLINE kv_vec kv_fma(kv_vec a, kv_vec b, kv_vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-KV_INLINE kv_vec kv_max(kv_vec a, kv_vec b)
-{
-    return _mm256_max_ps(a, b);
-}
+KV_INLINE kv_vec kv_max(kv_vec a, kv_vec b) { return _mm256_max_ps(a, b); }
 
-KV_INLINE float kv_first(kv_vec x)
-{
-    return _mm256_cvtss_f32(x);
-}
+KV_INLINE float kv_first(kv_vec x) { return _mm256_cvtss_f32(x); }
 
-KV_INLINE float kv_hsum(kv_vec x)
-{
+KV_INLINE float kv_hsum(kv_vec x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
-KV_INLINE float kv_hmax(kv_vec x)
-{
+KV_INLINE float kv_hmax(kv_vec x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
 /* Adds the 128-bit halves of a and b: [a, b]. */
-KV_INLINE __m256 kv_fold_halves(__m256 a, __m256 b)
-{
+KV_INLINE __m256 kv_fold_halves(__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
 /* In each 128 bits adds the 64-bit halves of a and b: [a, b]. */
-KV_INLINE __m256 kv_fold_pairs(__m256 a, __m256 b)
-{
+KV_INLINE __m256 kv_fold_pairs(__m256 a, __m256 b) {
     const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
     return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
                          _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
 }
 
 /* In each 128 bits adds neighbours: [a0 + a1, a2 + a3, b0 + b1, b2 + b3]. */
-KV_INLINE __m256 kv_fold_neighbours(__m256 a, __m256 b)
-{
+KV_INLINE __m256 kv_fold_neighbours(__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
 
-KV_INLINE kv_vec kv_fold(const kv_vec *v)
-{
+KV_INLINE kv_vec kv_fold(const kv_vec *v) {
     __m256 x[4];
     KV_UNROLL
     for (int i = 0; i < 4; i++)
@@ -109,35 +70,29 @@ KV_INLINE kv_vec kv_fold(const kv_vec *v)
     return kv_fold_neighbours(kv_fold_pairs(x[0], x[1]), kv_fold_pairs(x[2], x[3]));
 }
 
-KV_INLINE kv_vec kv_pow2(kv_vec z)
-{
+KV_INLINE kv_vec kv_pow2(kv_vec z) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(z), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3f800000)));
 }
 
-KV_INLINE kv_vec kv_keep_above(kv_vec x, float bound, kv_vec y)
-{
+KV_INLINE kv_vec kv_keep_above(kv_vec x, float bound, kv_vec y) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), y);
 }
 
-KV_INLINE kv_vec kv_load_f16(const uint16_t *p)
-{
+KV_INLINE kv_vec kv_load_f16(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 
-KV_INLINE kv_vec kv_load_bf16(const uint16_t *p)
-{
+KV_INLINE kv_vec kv_load_bf16(const uint16_t *p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x)
-{
+KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
-KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x)
-{
+KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
     const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -149,10 +104,7 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x)
                                                     _mm256_extracti128_si256(wide, 1)));
 }
 
-KV_INLINE void kv_prefetch(const void *p)
-{
-    _mm_prefetch((const char *)p, _MM_HINT_T1);
-}
+KV_INLINE void kv_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #include "lanes_partial.h"
 

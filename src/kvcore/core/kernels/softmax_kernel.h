@@ -3,8 +3,7 @@
 #include <math.h>
 
 /* e^x for x <= 0; docs/numerics.md states the method and its error. */
-KV_INLINE kv_vec kv_exp(kv_vec x)
-{
+KV_INLINE kv_vec kv_exp(kv_vec x) {
     const kv_vec z = kv_fma(x, kv_broadcast(1.44269504f), kv_broadcast(KV_ROUND));
     const kv_vec n = kv_sub(z, kv_broadcast(KV_ROUND));
     /* ln 2 = 0.693359375 - 2.12194440e-4; the first part has so few bits that n times it is exact */
@@ -22,8 +21,7 @@ KV_INLINE kv_vec kv_exp(kv_vec x)
 }
 
 /* Turns the first `count` of KV_SPLIT scores into exp(s - m); sets *m and *l. */
-KV_INLINE void kv_softmax_row(float *scores, int32_t count, float *m, float *l)
-{
+KV_INLINE void kv_softmax_row(float *scores, int32_t count, float *m, float *l) {
     for (int32_t j = count; j % KV_LANES != 0; j++)
         scores[j] = -INFINITY;
     kv_vec top = kv_load(scores);
@@ -42,8 +40,7 @@ KV_INLINE void kv_softmax_row(float *scores, int32_t count, float *m, float *l)
 }
 
 KV_INLINE void kv_merge_row(float *m, float *l, float *o, float from_m, float from_l,
-                            const float *from_o, int32_t width)
-{
+                            const float *from_o, int32_t width) {
     const float top = *m > from_m ? *m : from_m;
     const kv_vec a = kv_exp(kv_broadcast(*m - top)), b = kv_exp(kv_broadcast(from_m - top));
     *m = top;
@@ -53,8 +50,7 @@ KV_INLINE void kv_merge_row(float *m, float *l, float *o, float from_m, float fr
 }
 
 static void kv_merge_partial(const kv_partial *into, const kv_partial *from, int32_t num_rows,
-                             int32_t width)
-{
+                             int32_t width) {
     for (int32_t r = 0; r < num_rows; r++) {
         float *o = into->o + (int64_t)r * width;
         const float *from_o = from->o + (int64_t)r * width;
@@ -70,16 +66,14 @@ static void kv_merge_partial(const kv_partial *into, const kv_partial *from, int
     }
 }
 
-static void kv_normalize(const float *o, float l, float *out, int32_t width)
-{
+static void kv_normalize(const float *o, float l, float *out, int32_t width) {
     const kv_vec divisor = kv_broadcast(l);
     for (int32_t d = 0; d < width; d += KV_LANES)
         kv_store(out + d, kv_div(kv_load(o + d), divisor));
 }
 
 /* The largest lse of a row; NaN if one is NaN. */
-KV_INLINE float kv_top_lse(const float *lses, int32_t num_partials, int64_t stride)
-{
+KV_INLINE float kv_top_lse(const float *lses, int32_t num_partials, int64_t stride) {
     float top = -INFINITY;
     for (int32_t p = 0; p < num_partials; p++) {
         const float lse = lses[p * stride];
@@ -90,16 +84,14 @@ KV_INLINE float kv_top_lse(const float *lses, int32_t num_partials, int64_t stri
 }
 
 /* out = out + w * from, over [0, n) lanes of one row at `d` */
-KV_INLINE void kv_add_weighted(const float *from, kv_vec w, float *out, int32_t d, int n)
-{
+KV_INLINE void kv_add_weighted(const float *from, kv_vec w, float *out, int32_t d, int n) {
     const kv_vec sum = kv_load_elements(KV_FORMAT_FP32, (const char *)out, d, n);
     const kv_vec x = kv_load_elements(KV_FORMAT_FP32, (const char *)from, d, n);
     kv_store_elements(KV_FORMAT_FP32, (char *)out, d, kv_fma(x, w, sum), n);
 }
 
 KV_INLINE float kv_merge_states_row(const float *outs, const float *lses, int32_t num_partials,
-                                    int64_t num_rows, int32_t head_dim, float *out)
-{
+                                    int64_t num_rows, int32_t head_dim, float *out) {
     const float top = kv_top_lse(lses, num_partials, num_rows);
     const int32_t whole = head_dim - head_dim % KV_LANES;
     float sum = 0.0f;
@@ -124,8 +116,7 @@ KV_INLINE float kv_merge_states_row(const float *outs, const float *lses, int32_
 
 static void kv_merge_states_rows(const float *outs, const float *lses, int32_t num_partials,
                                  int64_t num_rows, int32_t head_dim, int64_t begin, int64_t end,
-                                 float *out, float *lse)
-{
+                                 float *out, float *lse) {
     for (int64_t r = begin; r < end; r++) {
         const float merged = kv_merge_states_row(outs + r * head_dim, lses + r, num_partials,
                                                  num_rows, head_dim, out + r * head_dim);
