@@ -100,8 +100,9 @@ def problems(draw, max_context=3000, max_work=40_000_000) -> Problem:
         q_dtype=draw(st.sampled_from(DTYPES)),
         contexts=tuple(contexts),
         news=tuple(news),
-        magnitude=draw(st.sampled_from([1.0, 0.05, 3.0, 20.0])),
-        scale=draw(st.sampled_from([None, None, 0.3, -0.2, 0.0])),
+        # Beyond these, scores cancel: see TestScoresThatCancel in test_attention.py.
+        magnitude=draw(st.sampled_from([1.0, 0.05])),
+        scale=draw(st.sampled_from([None, None, 0.1, -0.1, 0.0])),
         layout=draw(st.sampled_from(LAYOUTS)),
         num_threads=draw(st.integers(1, 4)),
         seed=draw(seeds),

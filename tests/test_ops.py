@@ -16,6 +16,7 @@ from strategies import DTYPES, FORMATS, seeds
 from support import (
     BFLOAT16,
     FORMAT_DTYPES,
+    LANES,
     append_all,
     assert_same_bits,
     bits,
@@ -28,7 +29,6 @@ from support import (
 )
 
 ISAS = kvcore.available_isas()
-LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16}
 
 
 @pytest.fixture
