@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class Case:
         total = sum(columns) + 3
         ids = np.random.default_rng(self.block_size).permutation(total)
         starts = np.concatenate([[0], np.cumsum(columns)])
-        self.rows = [ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        self.rows = [ids[a:b] for a, b in itertools.pairwise(starts)]
         shape = (total, self.heads, self.block_size)
         self.k = np.full((*shape, self.dim), np.nan, DTYPES[self.k_format])
         self.v = np.full((*shape, dv), np.nan, DTYPES[self.v_format])
