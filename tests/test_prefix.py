@@ -295,6 +295,21 @@ class TestEviction:
             a.free()
         assert_balanced(cache)
 
+    def test_of_a_twin_that_the_text_was_published_by(self, rng):
+        """b's beginning was published by a, and is evicted with it; b goes on from the start."""
+        cache = make_cache(4)
+        tokens = [*range(48)]
+        a, b = cache.sequence(), cache.sequence()
+        for sequence in (a, b):
+            grow(cache, [(sequence, tokens[:16])], rng)
+        a.free()
+        grow(cache, [(filler := cache.sequence(), 48)], rng)
+        assert cache.stats().evictions == 1
+        filler.free()
+        grow(cache, [(b, tokens[16:])], rng)
+        assert adopted(cache, [*tokens[16:], 0]) == 0
+        assert cache.sequence([*tokens, 0]).blocks().tolist() == b.blocks().tolist()
+
     def test_drop_prefixes(self, rng):
         cache = make_cache(8)
         a = publish(cache, [*range(32)], rng)
