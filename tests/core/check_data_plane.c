@@ -58,6 +58,7 @@ typedef struct shape {
 static const shape shapes[] = {
     {4, {0, 40, 255, 300}, {5, 1, 2, 17}, 2, 3, 40, 40, 16},
     {2, {1300, 0}, {1, 70}, 1, 4, 128, 64, 64},
+    {1, {5000}, {1}, 1, 8, 64, 64, 128},
     {3, {0, 513, 3}, {90, 1, 1}, 2, 1, 8, 24, 32},
     {1, {600}, {30}, 1, 7, 72, 72, 1024},
 };
@@ -247,7 +248,7 @@ static void check_attention(void) {
 /* ---- the rest -------------------------------------------------------------------------------- */
 
 static void check_linear(void) {
-    enum { ROWS = 19, OUTPUTS = 45, INPUTS = 203 };
+    enum { ROWS = 19, OUTPUTS = 405, INPUTS = 503 };
     float *x = random_floats(ROWS * INPUTS), *w = random_floats(OUTPUTS * INPUTS);
     float *bias = random_floats(OUTPUTS), *y = random_floats(ROWS * OUTPUTS);
     float *alone = random_floats(OUTPUTS);

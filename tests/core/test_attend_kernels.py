@@ -177,6 +177,16 @@ class TestBits:
             assert other.tobytes() == out.tobytes()
             assert other_lse.tobytes() == lse.tobytes()
 
+    def test_one_long_sequence(self, fmt: str, isa: str) -> None:
+        case = Case([(20000, 1)], heads=1, group=2, dim=64, k_format=fmt, v_format=fmt)
+        with machine(isa, 1):
+            out, lse = case.run()
+        for threads in (2, 7):
+            with machine(isa, threads):
+                other, other_lse = case.run()
+            assert other.tobytes() == out.tobytes()
+            assert other_lse.tobytes() == lse.tobytes()
+
     def test_batch(self, fmt: str, isa: str) -> None:
         case = self.whole(fmt)
         with machine(isa):

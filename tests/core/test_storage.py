@@ -31,11 +31,11 @@ from core.library import (
 @pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])
 def test_append_writes_its_slots_and_no_others(fmt: str, dtype: str, threads: int) -> None:
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((700, 3, 48)).astype(DTYPES[dtype])
-    blocks = np.full((50, 3, 16, 48), np.nan, DTYPES[fmt])
-    slots = rng.permutation(800)[:700].astype(np.int32)
+    rows = rng.standard_normal((7000, 3, 48)).astype(DTYPES[dtype])
+    blocks = np.full((500, 3, 16, 48), np.nan, DTYPES[fmt])
+    slots = rng.permutation(8000)[:7000].astype(np.int32)
     slots[::50] = -1
-    step = Step(16, [700], [700], slots=slots)
+    step = Step(16, [7000], [7000], slots=slots)
     with machine("scalar", threads):
         assert append(step, rows, blocks) == OK
     expected = np.full_like(blocks, np.nan)

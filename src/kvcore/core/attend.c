@@ -11,8 +11,9 @@
 #include <string.h>
 
 enum {
-    PART_WORK = 1 << 18,    /* cost * head_dim below which another thread is not woken */
-    ZERO_BYTES = 256 * 1024 /* of padding, likewise */
+    /* Some 30 microseconds' worth: less is not worth waking a thread for. */
+    PART_WORK = 1 << 20,     /* cost * head_dim */
+    ZERO_BYTES = 1024 * 1024 /* of padding */
 };
 
 /* One call. Buffers of the workspace: 0 holds the lists, 1 the scratch. */

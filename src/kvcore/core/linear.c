@@ -2,7 +2,7 @@
 #include "threads.h"
 
 enum {
-    PART_BYTES = 128 * 1024, /* of weights: less is not worth waking a thread for */
+    PART_BYTES = 256 * 1024, /* of weights: less is not worth waking a thread for */
     GRAIN = 8,               /* outputs; the kernel reads this many weight rows at a time */
     LARGEST = INT32_MAX / 2  /* so that sums of two sizes are int32 */
 };

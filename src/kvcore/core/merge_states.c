@@ -2,7 +2,7 @@
 #include "formats.h"
 #include "threads.h"
 
-enum { PART_ELEMENTS = 64 * 1024 }; /* less is not worth waking a thread for */
+enum { PART_ELEMENTS = 128 * 1024 }; /* less is not worth waking a thread for */
 
 typedef struct merge_task {
     const kv_kernels *kernels;

@@ -7,7 +7,7 @@
 #include <string.h>
 
 /* Less than this is not worth waking a thread for. */
-enum { PART_BYTES = 64 * 1024 };
+enum { PART_BYTES = 256 * 1024 };
 
 /* ---- append ---------------------------------------------------------------------------------- */
 
