@@ -20,7 +20,7 @@ export CPATH := $(HEADERS)/python3:$(HEADERS)$(if $(CPATH),:$(CPATH))
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-oracle test-slow test-sanitize build lint format bench clean distclean
+.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench clean distclean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -37,8 +37,11 @@ test-oracle: $(STAMPS)/build $(STAMPS)/extra-oracle $(STAMPS)/model ## against t
 test-slow: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the large grids; minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-sanitize: $(STAMPS)/build $(STAMPS)/extra-test ## the core's tests under sanitizers
+test-sanitize: $(STAMPS)/build $(STAMPS)/extra-test ## the core under address, undefined and thread sanitizers
 	@tools/sanitize.sh $(BIN)/python
+
+test-neon: ## the data plane for AArch64 (needs gcc-aarch64-linux-gnu and qemu-user)
+	@tests/core/check_data_plane.sh neon
 
 build: $(STAMPS)/build $(STAMPS)/extra-cli ## the C core and the extensions, in place
 
