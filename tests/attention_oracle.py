@@ -21,11 +21,13 @@ class Reference:
         out: [n, Hq, Dv].
         lse: [n, Hq], natural logarithm.
         max_score: [n, Hq], the largest abs(score) that the row sees.
+        max_terms: [n, Hq], the largest scaled sum over d of abs(q_d * k_d) that it sees.
     """
 
     out: np.ndarray
     lse: np.ndarray
     max_score: np.ndarray
+    max_terms: np.ndarray
 
 
 def attention(q, k, v, scale=None) -> Reference:
@@ -43,14 +45,17 @@ def attention(q, k, v, scale=None) -> Reference:
     out = np.empty((n, num_heads, v.shape[2]))
     lse = np.empty((n, num_heads))
     max_score = np.empty((n, num_heads))
+    max_terms = np.empty((n, num_heads))
     for head in range(num_heads):
         source = head // (num_heads // num_kv_heads)
         scores = (q[:, head] @ k[:, source].T) * scale
         max_score[:, head] = np.where(visible, np.abs(scores), 0).max(axis=1)
+        terms = np.abs(q[:, head]) @ np.abs(k[:, source]).T * abs(scale)
+        max_terms[:, head] = np.where(visible, terms, 0).max(axis=1)
         scores = np.where(visible, scores, -np.inf)
         lse[:, head] = special.logsumexp(scores, axis=1)
         out[:, head] = special.softmax(scores, axis=1) @ v[:, source]
-    return Reference(out, lse, max_score)
+    return Reference(out, lse, max_score, max_terms)
 
 
 def merge(outs, lses) -> tuple[np.ndarray, np.ndarray]:
@@ -62,9 +67,12 @@ def merge(outs, lses) -> tuple[np.ndarray, np.ndarray]:
     return (np.where(seen, outs, 0.0) * weights[..., None]).sum(axis=0), lse
 
 
-def assert_close(out, lse, reference: Reference) -> None:
-    """Asserts out [n, Hq, Dv] and lse [n, Hq] (or None) to be within the promised distance."""
-    growth = np.maximum(1.0, reference.max_score / 8)
+def assert_close(out, lse, reference: Reference, *, cancels: bool = False) -> None:
+    """Asserts out [n, Hq, Dv] and lse [n, Hq] (or None) to be within the promised distance.
+
+    `cancels`: q . k may be far smaller than its terms, which then take the place of the score.
+    """
+    growth = np.maximum(1.0, (reference.max_terms if cancels else reference.max_score) / 8)
     error = np.linalg.norm(np.asarray(out).astype(np.float64) - reference.out, axis=-1)
     length = np.linalg.norm(reference.out, axis=-1)
     allowed = (RELATIVE * growth + OUT_ROUNDING[out.dtype.name]) * length

@@ -100,7 +100,7 @@ def problems(draw, max_context=3000, max_work=40_000_000) -> Problem:
         q_dtype=draw(st.sampled_from(DTYPES)),
         contexts=tuple(contexts),
         news=tuple(news),
-        # Beyond these, scores cancel: see TestScoresThatCancel in test_attention.py.
+        # Beyond these, scores cancel: see test_scores_that_cancel in test_attention.py.
         magnitude=draw(st.sampled_from([1.0, 0.05])),
         scale=draw(st.sampled_from([None, None, 0.1, -0.1, 0.0])),
         layout=draw(st.sampled_from(LAYOUTS)),
