@@ -61,7 +61,8 @@ def bfloat16() -> np.dtype:
         raise MissingExtra(
             'bfloat16 arrays need the ml_dtypes package: pip install "kvcore[bf16]"'
         ) from None
-    return np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def dtype_number(array: np.ndarray, argument: str) -> int:

@@ -60,15 +60,11 @@ class Backend(Protocol):
 
     name: str
 
-    def allocate(
-        self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None
-    ) -> Storage:
+    def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
         """Memory for num_blocks[g] blocks of each group g."""
         ...
 
-    def append(
-        self, storage: Storage, layer: int, plan: Plan, k: Any, v: Any, layout: str
-    ) -> None:
+    def append(self, storage: Storage, layer: int, plan: Plan, k: Any, v: Any, layout: str) -> None:
         """Encodes K and V of the plan's new tokens into their slots."""
         ...
 

@@ -123,10 +123,7 @@ class KVCache:
         self.num_blocks = _count_blocks(spec, num_blocks, memory)
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
-            [
-                (group.block_size, n)
-                for group, n in zip(spec.groups, self.num_blocks, strict=True)
-            ],
+            [(group.block_size, n) for group, n in zip(spec.groups, self.num_blocks, strict=True)],
             [(layer.group, layer.kv_source) for layer in spec.layers],
         )
         self._storage = self.backend.allocate(spec, self.num_blocks, device)
@@ -157,10 +154,7 @@ class KVCache:
             salt: keeps tenants apart.
         """
         number = self._salt_number(salt)
-        if tokens is None:
-            ids = np.empty(0, np.int32)
-        else:
-            ids = arrays.as_token_ids(tokens, "tokens")
+        ids = np.empty(0, np.int32) if tokens is None else arrays.as_token_ids(tokens, "tokens")
         if tokens is None and number == 0:
             return Sequence(self, self._control.create())
         return Sequence(self, self._control.create_cached(ids, number))

@@ -40,8 +40,8 @@ class CpuStorage:
 
 def _allocate(format: Format, shape: tuple[int, int, int, int]) -> Blocks:
     count = shape[0] * shape[1] * shape[2]
-    memory = Memory(count * format.row_nbytes(shape[3]))
-    return Blocks(np.frombuffer(memory, format.storage_dtype).reshape(shape), format.index)
+    data = memoryview(Memory(count * format.row_nbytes(shape[3])))
+    return Blocks(np.frombuffer(data, format.storage_dtype).reshape(shape), format.index)
 
 
 class CpuBackend:

@@ -63,7 +63,7 @@ class StepIncomplete(StepError):
 
 
 class CacheCorrupt(KVCoreError):
-    """The cache's books do not balance; this is a bug in kvcore or in a program that wrote over it."""
+    """The cache's books do not balance: a bug in kvcore, or a program wrote over its memory."""
 
 
 class UnsupportedError(KVCoreError):

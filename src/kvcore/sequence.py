@@ -83,9 +83,7 @@ class Sequence:
     def blocks(self, group: int = 0) -> Any:
         """The numbers of the sequence's blocks in a group, in order: int32 [columns]."""
         last = len(self.cache.spec.groups) - 1
-        return self.cache._control.blocks(
-            self._live(), checks.integer(group, "group", 0, last)
-        )
+        return self.cache._control.blocks(self._live(), checks.integer(group, "group", 0, last))
 
     def _live(self) -> SequenceHandle:
         if not self._handle.is_live:

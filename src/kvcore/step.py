@@ -43,9 +43,7 @@ class Step:
         "sequences",
     )
 
-    def __init__(
-        self, cache: KVCache, sequences: tuple[Sequence, ...], native: NativeStep
-    ) -> None:
+    def __init__(self, cache: KVCache, sequences: tuple[Sequence, ...], native: NativeStep) -> None:
         self.cache = cache
         self.sequences = sequences
         self._native = native

@@ -42,9 +42,7 @@ void kv_pool_destroy(kv_pool *pool) {
     *pool = (kv_pool){0};
 }
 
-static void push_free(kv_pool *pool, int32_t block) {
-    pool->free_stack[pool->num_free++] = block;
-}
+static void push_free(kv_pool *pool, int32_t block) { pool->free_stack[pool->num_free++] = block; }
 
 static void push_cached(kv_pool *pool, int32_t block) {
     pool->older[block] = pool->newest;

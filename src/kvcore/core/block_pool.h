@@ -13,12 +13,12 @@
 typedef struct kv_pool {
     int32_t block_size, num_blocks;
     int32_t num_free, num_cached;
-    int32_t *refcounts;        /* [N] */
-    uint32_t *generations;     /* [N] raised each time the block is handed out */
-    int32_t *nodes;            /* [N] the prefix node that lists the block, or KV_NO_NODE */
-    int32_t *free_stack;       /* [N] the next block to hand out is on top */
-    int32_t *older, *newer;    /* [N] the cached blocks by last use, -1 at both ends */
-    int32_t oldest, newest;    /* the ends of that list, -1 when it is empty */
+    int32_t *refcounts;     /* [N] */
+    uint32_t *generations;  /* [N] raised each time the block is handed out */
+    int32_t *nodes;         /* [N] the prefix node that lists the block, or KV_NO_NODE */
+    int32_t *free_stack;    /* [N] the next block to hand out is on top */
+    int32_t *older, *newer; /* [N] the cached blocks by last use, -1 at both ends */
+    int32_t oldest, newest; /* the ends of that list, -1 when it is empty */
     int64_t allocations, evictions, copies;
 } kv_pool;
 

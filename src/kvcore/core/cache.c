@@ -83,8 +83,7 @@ kv_status kv_cache_create(const kv_cache_config *config, kv_cache **out) {
     cache->pools = calloc((size_t)config->num_groups, sizeof *cache->pools);
     cache->layers = malloc((size_t)config->num_layers * sizeof *cache->layers);
     if (cache->pools && cache->layers) {
-        memcpy(cache->layers, config->layers,
-               (size_t)config->num_layers * sizeof *cache->layers);
+        memcpy(cache->layers, config->layers, (size_t)config->num_layers * sizeof *cache->layers);
         status = init_pools(cache, config);
     } else {
         status = KV_ERR_NO_MEMORY;
@@ -119,8 +118,7 @@ int32_t kv_cache_take_block(kv_cache *cache, int32_t group) {
 
 static int publish_span(kv_cache *cache, kv_sequence_state *state) {
     const kv_prefix_index *prefixes = &cache->prefixes;
-    const int32_t *tokens =
-        state->tokens + (size_t)state->num_published * (size_t)prefixes->span;
+    const int32_t *tokens = state->tokens + (size_t)state->num_published * (size_t)prefixes->span;
     if (kv_prefix_advance(prefixes, &state->cursor, tokens)) {
         return 1; /* another sequence published the same tokens: this one keeps its own blocks */
     }

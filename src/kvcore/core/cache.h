@@ -11,12 +11,12 @@
 struct kv_cache {
     pthread_mutex_t lock;
     int32_t num_groups, num_layers;
-    kv_pool *pools;           /* [num_groups] */
-    kv_layer_config *layers;  /* [num_layers] */
+    kv_pool *pools;          /* [num_groups] */
+    kv_layer_config *layers; /* [num_layers] */
     kv_prefix_index prefixes;
     kv_sequence_table sequences;
-    kv_step *open_steps;      /* doubly linked */
-    kv_step *spare_steps;     /* closed, kept for their buffers; singly linked */
+    kv_step *open_steps;  /* doubly linked */
+    kv_step *spare_steps; /* closed, kept for their buffers; singly linked */
     int64_t num_open_steps;
     int64_t prefix_queries, prefix_hits, prefix_hit_tokens;
 };

@@ -71,8 +71,7 @@ static kv_block_handle *node_blocks(const kv_prefix_index *index, int32_t node, 
     return blocks;
 }
 
-const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node,
-                                        int32_t group) {
+const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node, int32_t group) {
     return node_blocks(index, node, group);
 }
 

@@ -13,8 +13,8 @@ typedef struct kv_prefix_node {
     uint64_t serial; /* never used twice; 0: the node is free */
     uint64_t parent; /* the parent's serial, 0 for the first span */
     uint64_t salt;
-    uint64_t hash;   /* of the whole chain */
-    int32_t next;    /* in its bucket, or in the list of free nodes; -1 ends it */
+    uint64_t hash; /* of the whole chain */
+    int32_t next;  /* in its bucket, or in the list of free nodes; -1 ends it */
 } kv_prefix_node;
 
 /* A place in a chain: where the next span is looked up. */
@@ -22,21 +22,21 @@ typedef struct kv_prefix_cursor {
     uint64_t salt;
     uint64_t parent; /* serial, 0 at the root */
     uint64_t hash;
-    int32_t node;    /* -1 at the root */
+    int32_t node; /* -1 at the root */
 } kv_prefix_cursor;
 
 typedef struct kv_prefix_index {
     kv_pool *pools;
     int32_t num_groups;
-    int32_t span;             /* tokens of a node */
-    int32_t blocks_per_node;  /* of all groups together */
+    int32_t span;            /* tokens of a node */
+    int32_t blocks_per_node; /* of all groups together */
     int32_t num_nodes;
-    int32_t free_node;        /* head of the free list, -1: none */
+    int32_t free_node; /* head of the free list, -1: none */
     uint64_t last_serial;
-    kv_prefix_node *nodes;    /* [num_nodes] */
-    int32_t *tokens;          /* [num_nodes, span] */
-    kv_block_handle *blocks;  /* [num_nodes, blocks_per_node], group by group */
-    int32_t *buckets;         /* [bucket_mask + 1] */
+    kv_prefix_node *nodes;   /* [num_nodes] */
+    int32_t *tokens;         /* [num_nodes, span] */
+    kv_block_handle *blocks; /* [num_nodes, blocks_per_node], group by group */
+    int32_t *buckets;        /* [bucket_mask + 1] */
     uint64_t bucket_mask;
 } kv_prefix_index;
 
@@ -51,8 +51,7 @@ int kv_prefix_cursor_is_current(const kv_prefix_index *index, const kv_prefix_cu
 int kv_prefix_advance(const kv_prefix_index *index, kv_prefix_cursor *cursor,
                       const int32_t *tokens);
 /* The node's blocks of one group: span / block_size of them. */
-const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node,
-                                        int32_t group);
+const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node, int32_t group);
 /* Adds a node after the cursor and moves over it. blocks[g]: the sequence's blocks of group g for
  * this span, all in use. Returns 0, with nothing changed, when another node lists one of them. */
 int kv_prefix_insert(kv_prefix_index *index, kv_prefix_cursor *cursor, const int32_t *tokens,

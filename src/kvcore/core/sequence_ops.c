@@ -44,8 +44,7 @@ static void adopt_span(kv_cache *cache, kv_sequence_state *state) {
     const int32_t span = cache->prefixes.span;
     for (int32_t g = 0; g < cache->num_groups; g++) {
         kv_block_row *row = &state->rows[g];
-        const kv_block_handle *blocks =
-            kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
+        const kv_block_handle *blocks = kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
         for (int32_t i = 0; i < span / cache->pools[g].block_size; i++) {
             kv_pool_retain(&cache->pools[g], blocks[i].block);
             row->blocks[row->count++] = blocks[i].block;
@@ -124,8 +123,7 @@ static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_seq
     }
 }
 
-static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length,
-                            kv_sequence *out) {
+static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length, kv_sequence *out) {
     kv_sequence_state *from;
     kv_status status = kv_cache_find_idle(cache, source, &from);
     if (status != KV_OK) {
@@ -163,8 +161,7 @@ static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length,
     return KV_OK;
 }
 
-kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
-                           kv_sequence *out) {
+kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length, kv_sequence *out) {
     if (!cache || !out) {
         return KV_ERR_NULL;
     }

@@ -30,8 +30,7 @@ static kv_status add_slot(kv_sequence_table *table) {
         if ((uint32_t)capacity > PLACE_MASK) {
             return KV_ERR_OVERFLOW;
         }
-        kv_sequence_state *grown =
-            realloc(table->states, (size_t)capacity * sizeof *table->states);
+        kv_sequence_state *grown = realloc(table->states, (size_t)capacity * sizeof *table->states);
         if (!grown) {
             return KV_ERR_NO_MEMORY;
         }
@@ -42,8 +41,7 @@ static kv_status add_slot(kv_sequence_table *table) {
     if (!rows) {
         return KV_ERR_NO_MEMORY;
     }
-    table->states[table->count] =
-        (kv_sequence_state){.rows = rows, .next_free = table->first_free};
+    table->states[table->count] = (kv_sequence_state){.rows = rows, .next_free = table->first_free};
     table->first_free = table->count++;
     return KV_OK;
 }

@@ -12,11 +12,11 @@ typedef struct kv_block_row {
 
 typedef struct kv_sequence_state {
     uint32_t generation;
-    int32_t next_free;       /* in the table's free list while not live */
+    int32_t next_free; /* in the table's free list while not live */
     int live;
-    const kv_step *step;     /* the open step that holds it, or NULL */
+    const kv_step *step; /* the open step that holds it, or NULL */
     int32_t length;
-    kv_block_row *rows;      /* [num_groups] */
+    kv_block_row *rows; /* [num_groups] */
     /* Prefix reuse: token ids are known for the first num_known tokens. */
     int32_t *tokens;
     int32_t num_known, token_capacity;
@@ -28,8 +28,8 @@ typedef struct kv_sequence_table {
     kv_sequence_state *states;
     int32_t count, capacity; /* slots ever used, slots allocated */
     int32_t num_live;
-    int32_t first_free;      /* -1: none */
-    uint32_t cache_id;       /* 16 bits of every handle */
+    int32_t first_free; /* -1: none */
+    uint32_t cache_id;  /* 16 bits of every handle */
     int32_t num_groups;
 } kv_sequence_table;
 

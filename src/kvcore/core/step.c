@@ -289,8 +289,8 @@ static void open_step(kv_step *step, const kv_step_entry *entries) {
     cache->num_open_steps++;
 }
 
-static kv_status begin(kv_cache *cache, const kv_step_entry *entries, int32_t count,
-                       kv_step **out, kv_shortage *shortage) {
+static kv_status begin(kv_cache *cache, const kv_step_entry *entries, int32_t count, kv_step **out,
+                       kv_shortage *shortage) {
     kv_step *step = acquire_step(cache);
     if (!step) {
         return KV_ERR_NO_MEMORY;

@@ -24,11 +24,11 @@ struct kv_step {
     int32_t num_sequences, num_tokens, max_new;
     kv_step_sequence *sequences; /* [num_sequences] */
     int32_t sequence_capacity;
-    kv_step_group *groups;       /* [num_groups] */
-    uint8_t *appended;           /* [num_layers] */
-    int32_t *buffer;             /* query starts, sequence lengths, then each group's arrays */
+    kv_step_group *groups; /* [num_groups] */
+    uint8_t *appended;     /* [num_layers] */
+    int32_t *buffer;       /* query starts, sequence lengths, then each group's arrays */
     int64_t buffer_size, buffer_capacity;
-    const int32_t **pointers;    /* [num_groups, num_sequences] */
+    const int32_t **pointers; /* [num_groups, num_sequences] */
     int64_t pointer_capacity;
 };
 

@@ -29,24 +29,24 @@ extern "C" {
 
 /* ---- status ---------------------------------------------------------------------------------- */
 
-#define KV_STATUSES(KV_STATUS)                                                                      \
-    KV_STATUS(OK, "ok")                                                                            \
-    KV_STATUS(ERR_NULL, "a required pointer is NULL")                                              \
-    KV_STATUS(ERR_VALUE, "an argument has a value that no call accepts")                           \
-    KV_STATUS(ERR_RANGE, "an index is outside its range")                                          \
-    KV_STATUS(ERR_OVERFLOW, "a size or length does not fit its type")                              \
-    KV_STATUS(ERR_UNSUPPORTED, "this build or CPU has no code for the request")                    \
-    KV_STATUS(ERR_NO_MEMORY, "the system gave no memory")                                          \
-    KV_STATUS(ERR_OUT_OF_BLOCKS, "a pool has too few blocks")                                      \
-    KV_STATUS(ERR_STALE_SEQUENCE, "the sequence was freed")                                        \
-    KV_STATUS(ERR_FOREIGN_SEQUENCE, "the sequence belongs to another cache")                       \
-    KV_STATUS(ERR_SEQUENCE_BUSY, "the sequence is in an open step")                                \
-    KV_STATUS(ERR_DUPLICATE_SEQUENCE, "the sequence stands twice in one step")                     \
-    KV_STATUS(ERR_STEP_CLOSED, "the step was committed or rolled back")                            \
-    KV_STATUS(ERR_STEP_INCOMPLETE, "a layer was not appended; the step was rolled back")           \
-    KV_STATUS(ERR_ALREADY_APPENDED, "the layer was already appended in this step")                 \
-    KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")                     \
-    KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")               \
+#define KV_STATUSES(KV_STATUS)                                                           \
+    KV_STATUS(OK, "ok")                                                                  \
+    KV_STATUS(ERR_NULL, "a required pointer is NULL")                                    \
+    KV_STATUS(ERR_VALUE, "an argument has a value that no call accepts")                 \
+    KV_STATUS(ERR_RANGE, "an index is outside its range")                                \
+    KV_STATUS(ERR_OVERFLOW, "a size or length does not fit its type")                    \
+    KV_STATUS(ERR_UNSUPPORTED, "this build or CPU has no code for the request")          \
+    KV_STATUS(ERR_NO_MEMORY, "the system gave no memory")                                \
+    KV_STATUS(ERR_OUT_OF_BLOCKS, "a pool has too few blocks")                            \
+    KV_STATUS(ERR_STALE_SEQUENCE, "the sequence was freed")                              \
+    KV_STATUS(ERR_FOREIGN_SEQUENCE, "the sequence belongs to another cache")             \
+    KV_STATUS(ERR_SEQUENCE_BUSY, "the sequence is in an open step")                      \
+    KV_STATUS(ERR_DUPLICATE_SEQUENCE, "the sequence stands twice in one step")           \
+    KV_STATUS(ERR_STEP_CLOSED, "the step was committed or rolled back")                  \
+    KV_STATUS(ERR_STEP_INCOMPLETE, "a layer was not appended; the step was rolled back") \
+    KV_STATUS(ERR_ALREADY_APPENDED, "the layer was already appended in this step")       \
+    KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")           \
+    KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")     \
     KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")
 
 typedef enum kv_status {
@@ -187,16 +187,16 @@ KV_API kv_status kv_step_check_attend(const kv_step *step, int32_t layer);
  * `buffer_size` elements) that the step owns, the same for all its groups. */
 typedef struct kv_plan {
     int32_t block_size;
-    int32_t num_sequences;        /* S */
-    int32_t num_tokens;           /* T = query_starts[S] */
-    int32_t max_new;              /* the largest number of new tokens of one sequence */
-    const int32_t *query_starts;  /* [S + 1] where each sequence's new tokens start */
-    const int32_t *seq_lens;      /* [S] stored + new tokens */
-    const int32_t *slots;         /* [T] block * block_size + offset of each new token */
-    int32_t num_copies;           /* C */
-    const int32_t *copies;        /* [C, 3] from block, to block, rows: before any write */
-    int32_t num_new_blocks;       /* M */
-    const int32_t *new_blocks;    /* [M, 3] sequence's place in the step, column, block: what
+    int32_t num_sequences;            /* S */
+    int32_t num_tokens;               /* T = query_starts[S] */
+    int32_t max_new;                  /* the largest number of new tokens of one sequence */
+    const int32_t *query_starts;      /* [S + 1] where each sequence's new tokens start */
+    const int32_t *seq_lens;          /* [S] stored + new tokens */
+    const int32_t *slots;             /* [T] block * block_size + offset of each new token */
+    int32_t num_copies;               /* C */
+    const int32_t *copies;            /* [C, 3] from block, to block, rows: before any write */
+    int32_t num_new_blocks;           /* M */
+    const int32_t *new_blocks;        /* [M, 3] sequence's place in the step, column, block: what
                                      changed in the block tables since the last step */
     const int32_t *const *block_rows; /* [S] each sequence's blocks, in order */
     const int32_t *buffer;
@@ -264,8 +264,8 @@ typedef struct kv_attend_options {
  * aligned. q and out: [T, Hq, D] and [T, Hq, Dv]; Hq is a multiple of the blocks' num_heads. Padding
  * of `out` is set to zero. lse: [T, Hq], natural logarithm, or NULL. */
 KV_API kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
-                           const kv_blocks *v, const kv_attend_options *options,
-                           const kv_rows *out, float *lse);
+                           const kv_blocks *v, const kv_attend_options *options, const kv_rows *out,
+                           float *lse);
 
 /* Joins attention over disjoint KV ranges: outs [P, R, D], lses [P, R] -> out [R, D], lse [R]
  * (may be NULL). A partial with lse -inf is neutral. Dense float32. */
