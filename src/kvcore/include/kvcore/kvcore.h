@@ -293,7 +293,9 @@ KV_API kv_status kv_set_num_threads(int32_t num_threads);
 KV_API int32_t kv_get_num_threads(void);
 
 /* "scalar", "avx2", "avx512", "neon": chosen once from CPUID and the OS's state, or by KVCORE_ISA.
- * kv_set_isa is for tests and comparisons; call it while no data-plane call runs. */
+ * Where KVCORE_ISA names one that is not there, it is "none", and data-plane calls return
+ * KV_ERR_UNSUPPORTED. kv_set_isa is for tests and comparisons; call it while no data-plane call
+ * runs. */
 KV_API const char *kv_get_isa(void);
 KV_API kv_status kv_set_isa(const char *name);
 /* Names of the ISAs that this build and CPU can run, best first; NULL ends the list. */
