@@ -32,7 +32,7 @@ test: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-oracle: $(STAMPS)/build $(STAMPS)/extra-oracle $(STAMPS)/model ## against transformers (fetches torch)
-	@$(BIN)/python -m pytest -m oracle $(ARGS)
+	@$(BIN)/python -m pytest -m "oracle and not slow" $(ARGS)
 
 test-slow: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the large grids; minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
