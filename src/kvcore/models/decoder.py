@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 from kvcore.errors import InvalidArgument
 from kvcore.models import reference
 from kvcore.models.config import ModelConfig
-from kvcore.models.layers import Linear, cpu_linear, rms_norm, swiglu
+from kvcore.models.layers import MANY_ROWS, Linear, cpu_linear, rms_norm, swiglu
+from kvcore.models.parallel import cut, for_each, one_blas_thread
 from kvcore.models.rope import Rotation, inverse_frequencies
 from kvcore.models.weights import DecoderWeights, LayerWeights
 
@@ -64,7 +66,7 @@ class Decoder:
         """
         ids = self._check(step, tokens, logits)
         x = self.weights.embedding[self._xp.asarray(ids)]
-        with np.errstate(over="ignore"):  # see swiglu
+        with one_blas_thread() if len(ids) >= MANY_ROWS else nullcontext():
             return self._run(step, x, logits)
 
     def forward_full(self, tokens: npt.ArrayLike, logits: str = "all") -> npt.NDArray[np.float32]:
@@ -124,36 +126,57 @@ class Decoder:
                 x, attended = x[rows], attended[rows]
                 buffers = _Buffers(xp, config, len(x))
             self._finish(layer, x, attended, buffers)
-        rms_norm(xp, x, weights.norm, config.norm_eps, buffers.normed)
+        self._norm(x, weights.norm, buffers)
         out = xp.empty((len(x), config.vocab_size), xp.float32)
         self._linear(buffers.normed, weights.head, None, out)
         return out
 
     def _project(self, layer: LayerWeights, x: Any, rotation: Rotation, b: _Buffers) -> None:
         """The layer's queries, keys and values of x [T, hidden], to b.q, b.k and b.v."""
-        config = self.config
-        rms_norm(self._xp, x, layer.attention_norm, config.norm_eps, b.normed)
+        xp, eps = self._xp, self.config.norm_eps
+
+        def turn(rows: slice) -> None:
+            if self.config.qk_norm:
+                rms_norm(xp, b.straight_q[rows], layer.q_norm, eps, b.straight_q[rows])
+                rms_norm(xp, b.straight_k[rows], layer.k_norm, eps, b.straight_k[rows])
+            rotation.apply(b.straight_qk, b.qk, rows)
+
+        self._norm(x, layer.attention_norm, b)
         self._linear(b.normed, layer.qkv, layer.qkv_bias, b.qkv)
-        if config.qk_norm:
-            rms_norm(self._xp, b.straight_q, layer.q_norm, config.norm_eps, b.straight_q)
-            rms_norm(self._xp, b.straight_k, layer.k_norm, config.norm_eps, b.straight_k)
-        rotation.apply(b.straight_qk, b.qk)
+        for_each(turn, b.parts)
 
     def _finish(self, layer: LayerWeights, x: Any, attended: Any, b: _Buffers) -> None:
         """Adds the output projection of attended [R, Hq D], then the SwiGLU, to x [R, hidden]."""
+
+        def activate(rows: slice) -> None:
+            swiglu(self._xp, b.gate[rows], b.up[rows], b.hidden[rows])
+
         self._linear(attended, layer.output, layer.output_bias, b.normed)
         x += b.normed
-        rms_norm(self._xp, x, layer.mlp_norm, self.config.norm_eps, b.normed)
+        self._norm(x, layer.mlp_norm, b)
         self._linear(b.normed, layer.gate_up, layer.gate_up_bias, b.gate_up)
-        swiglu(self._xp, b.gate, b.up, b.hidden)
+        for_each(activate, b.parts)
         self._linear(b.hidden, layer.down, layer.down_bias, b.normed)
         x += b.normed
 
+    def _norm(self, x: Any, weight: Any, b: _Buffers) -> None:
+        """The normed rows of x, to b.normed."""
+
+        def norm(rows: slice) -> None:
+            rms_norm(self._xp, x[rows], weight, self.config.norm_eps, b.normed[rows])
+
+        for_each(norm, b.parts)
+
 
 class _Buffers:
-    """What the layers of one forward call write to, R rows each, and the views that they need."""
+    """What the layers of one forward call write to, R rows each, and the views that they need.
+
+    Attributes:
+        parts: the rows as threads share them, where a product does not.
+    """
 
     def __init__(self, xp: Any, config: ModelConfig, rows: int) -> None:
+        self.parts = cut(rows, MANY_ROWS // 2 if xp is np else rows)
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.normed = xp.empty((rows, config.hidden_size), xp.float32)
         self.gate_up = xp.empty((rows, 2 * config.intermediate_size), xp.float32)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvcore import ops
+from kvcore.models.parallel import cut, for_each
 
 # (x [R, K], weight [N, K], bias [N] or None, out [R, N]): writes x @ weight.T + bias to out.
 Linear = Callable[[Any, Any, Any, Any], None]
@@ -16,15 +17,26 @@ Linear = Callable[[Any, Any, Any, Any], None]
 # matrix once per call, however few rows use it.
 FEW_ROWS = 16
 
+# From this many rows on `parallel` shares all work; below, its hand-overs cost more than they save.
+MANY_ROWS = 256
+
 
 def cpu_linear(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    """The linear layer on the CPU: kvcore's kernel for few rows, NumPy's BLAS for many."""
+    """The linear layer on the CPU: kvcore's kernel for few rows, NumPy's BLAS for more.
+
+    From MANY_ROWS on threads share the outputs, and want `one_blas_thread` around.
+    """
     if x.shape[0] <= FEW_ROWS:
         ops.linear(x, weight, bias, out=out)
         return
-    np.matmul(x, weight.T, out=out)
-    if bias is not None:
-        out += bias
+
+    def multiply(outputs: slice) -> None:
+        np.matmul(x, weight[outputs].T, out=out[:, outputs])
+        if bias is not None:
+            out[:, outputs] += bias[outputs]
+
+    # Outputs rather than rows, so that no two threads pack the same weights.
+    for_each(multiply, cut(weight.shape[0], 1) if x.shape[0] >= MANY_ROWS else [slice(None)])
 
 
 def rms_norm(xp: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
@@ -46,10 +58,11 @@ def _dot_rows(xp: Any, x: Any) -> Any:
 
 
 def swiglu(xp: Any, gate: Any, up: Any, out: Any) -> None:
-    """Writes silu(gate) * up to `out`. Where exp may overflow the caller silences the warning."""
+    """Writes silu(gate) * up to `out`."""
     # silu(g) = g / (1 + exp(-g)); an exp that overflows gives the right limit, 0.
     xp.negative(gate, out=out)
-    xp.exp(out, out=out)
+    with np.errstate(over="ignore"):
+        xp.exp(out, out=out)
     out += 1.0
     xp.divide(gate, out, out=out)
     out *= up

@@ -6,6 +6,7 @@ is paired with element i of the second half.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -154,11 +155,20 @@ class Rotation:
         self._cos = cos[:, None, None, :]
         self._sin = xp.stack((-sin, sin), axis=1)[:, None, :, :]
 
-    def apply(self, x: Any, out: Any) -> None:
-        """Writes x [T, H, dim], rotated, to `out` of the same shape; x is used up as scratch."""
+    def part(self, rows: slice) -> Rotation:
+        """The rotation of some of the tokens."""
+        part = copy.copy(self)
+        part._cos, part._sin = self._cos[rows], self._sin[rows]
+        return part
+
+    def apply(self, x: Any, out: Any, rows: slice = slice(None)) -> None:
+        """Writes rows of x [T, H, dim], rotated, to `out` of the same shape.
+
+        Those of x are used up as scratch.
+        """
         tokens, heads, dim = x.shape
-        halves = x.reshape(tokens, heads, 2, dim // 2)
-        rotated = out.reshape(halves.shape)
-        self._xp.multiply(halves[:, :, ::-1], self._sin, out=rotated)
-        halves *= self._cos
+        halves = x.reshape(tokens, heads, 2, dim // 2)[rows]
+        rotated = out.reshape(tokens, heads, 2, dim // 2)[rows]
+        self._xp.multiply(halves[:, :, ::-1], self._sin[rows], out=rotated)
+        halves *= self._cos[rows]
         rotated += halves
