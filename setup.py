@@ -24,7 +24,7 @@ from setuptools.modified import newer_group
 PACKAGE = Path("src/kvcore")
 CORE = PACKAGE / "core"
 INCLUDE = PACKAGE / "include"
-EXTENSIONS = sorted(path.stem for path in (PACKAGE / "_native").glob("*.pyx"))
+NATIVE = PACKAGE / "_native"
 
 CFLAGS = ["-O3", "-std=c11", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 # Cython's output is not ours to make free of warnings.
@@ -50,6 +50,10 @@ class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
+        if self.editable_mode:
+            # pip offers temporary folders; where `build_ext` keeps its own, nothing is made twice.
+            suffix = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_lib, self.build_temp = f"build/lib.{suffix}", f"build/temp.{suffix}"
 
     def run(self) -> None:
         require_python_headers()
@@ -64,11 +68,11 @@ class BuildExt(build_ext):
 
     def build_core(self) -> None:
         sources = sorted([*CORE.glob("*.c"), *(CORE / "kernels").glob("*.c")])
+        target = self.library_dir / LIBRARY
+        if not self.must_build(target, sources):
+            return
         with ThreadPoolExecutor(self.parallel) as pool:
             objects = list(pool.map(self.compile_source, sources))
-        target = self.library_dir / LIBRARY
-        if not self.force and not newer_group(objects, str(target)):
-            return
         self.library_dir.mkdir(parents=True, exist_ok=True)
         soname = ["-install_name", f"@rpath/{LIBRARY}"] if MACOS else [f"-Wl,-soname,{LIBRARY}"]
         # Linked beside its place and moved over it: a running process keeps the library it mapped.
@@ -81,10 +85,8 @@ class BuildExt(build_ext):
     def compile_source(self, source: Path) -> str:
         """The object of one source, compiled only when something that it depends on is newer."""
         [obj] = self.compiler.object_filenames([str(source)], output_dir=self.build_temp)
-        headers = [*CORE.rglob("*.h"), *INCLUDE.rglob("*.h")]
-        depends = [source, *headers, Path("setup.py"), Path("pyproject.toml")]
-        isa_flags = ISA_CFLAGS.get(source.stem, []) if X86 else []
-        if self.force or newer_group([str(path) for path in depends], obj):
+        if self.must_build(Path(obj), [source]):
+            isa_flags = ISA_CFLAGS.get(source.stem, []) if X86 else []
             self.compiler.compile(
                 [str(source)],
                 output_dir=self.build_temp,
@@ -93,6 +95,11 @@ class BuildExt(build_ext):
                 extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
             )
         return obj
+
+    def must_build(self, target: Path, sources: list[Path]) -> bool:
+        headers = [*CORE.rglob("*.h"), *INCLUDE.rglob("*.h")]
+        depends = [*sources, *headers, Path("setup.py"), Path("pyproject.toml")]
+        return bool(self.force) or is_older(target, depends)
 
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(self.library_dir / LIBRARY)]
@@ -105,6 +112,11 @@ class BuildCore(BuildExt):
         self.build_core()
 
 
+def is_older(target: Path, depends: list[Path]) -> bool:
+    """Whether a file is missing, or older than one of those that it depends on."""
+    return bool(newer_group([str(path) for path in depends], str(target)))
+
+
 def require_python_headers() -> None:
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
     if not any(folder and Path(folder, "Python.h").exists() for folder in folders):
@@ -114,22 +126,17 @@ def require_python_headers() -> None:
         )
 
 
-def extension(name: str) -> Extension:
-    origin = "@loader_path" if MACOS else "$ORIGIN"
-    return Extension(
-        f"kvcore._native.{name}",
-        [str(PACKAGE / "_native" / f"{name}.pyx")],
-        include_dirs=[str(INCLUDE), numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        libraries=["kvcore"],
-        library_dirs=[],
-        extra_compile_args=CYTHON_CFLAGS,
-        extra_link_args=[f"-Wl,-rpath,{origin}/../lib"],
-        depends=[str(path) for path in INCLUDE.rglob("*.h")],
-    )
+def extensions() -> list[Extension]:
+    pyx = sorted(NATIVE.glob("*.pyx"))
+    depends = [*NATIVE.glob("*.pxd"), *INCLUDE.rglob("*.h"), Path("setup.py")]
+    # Asked here, because Cython asks NumPy's files too, and they are new in every isolated build.
+    stale = [path for path in pyx if is_older(path.with_suffix(".c"), [path, *depends])]
+    if stale:
+        translate(stale)
+    return [extension(path, depends) for path in pyx]
 
 
-def cythonized() -> list[Extension]:
+def translate(pyx: list[Path]) -> None:
     from Cython.Build import cythonize
 
     directives = {
@@ -141,12 +148,28 @@ def cythonized() -> list[Extension]:
         "binding": True,
         "embedsignature": True,
     }
-    return cythonize(
-        [extension(name) for name in EXTENSIONS],
+    cythonize(
+        [str(path) for path in pyx],
         include_path=["src"],
         compiler_directives=directives,
+        force=True,
         quiet=True,
     )
 
 
-setup(ext_modules=cythonized(), cmdclass={"build_core": BuildCore, "build_ext": BuildExt})
+def extension(pyx: Path, depends: list[Path]) -> Extension:
+    origin = "@loader_path" if MACOS else "$ORIGIN"
+    return Extension(
+        f"kvcore._native.{pyx.stem}",
+        [str(pyx.with_suffix(".c"))],
+        include_dirs=[str(INCLUDE), numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        libraries=["kvcore"],
+        library_dirs=[],
+        extra_compile_args=CYTHON_CFLAGS,
+        extra_link_args=[f"-Wl,-rpath,{origin}/../lib"],
+        depends=[str(path) for path in depends],
+    )
+
+
+setup(ext_modules=extensions(), cmdclass={"build_core": BuildCore, "build_ext": BuildExt})
