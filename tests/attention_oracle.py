@@ -20,7 +20,8 @@ class Reference:
     Attributes:
         out: [n, Hq, Dv].
         lse: [n, Hq], natural logarithm.
-        max_score: [n, Hq], the largest abs(score) that the row sees.
+        max_score: [n, Hq], the largest abs(score) that the row sees, before softcap, after ALiBi,
+            or its sink.
         max_terms: [n, Hq], the largest scaled sum over d of abs(q_d * k_d) that it sees.
     """
 
@@ -30,31 +31,70 @@ class Reference:
     max_terms: np.ndarray
 
 
-def attention(q, k, v, scale=None) -> Reference:
-    """Causal attention, bottom-right aligned: the last query sees every key.
+def visible_tokens(n, m, *, window=None, causal=True, mask=None, positions=None) -> np.ndarray:
+    """Which of m stored tokens the last n see: [n, m] booleans."""
+    i = np.arange(m - n, m)[:, None]
+    j = np.arange(m)
+    if mask is not None:
+        visible = np.asarray(mask)
+    else:
+        visible = np.broadcast_to(j <= i if causal else True, (n, m))
+    if window is not None:
+        i = i if positions is None else np.asarray(positions, np.int64)[:, None]
+        visible = visible & (i - window < j) & (j <= i)
+    return visible
+
+
+def attention(
+    q, k, v, scale=None, *, softcap=None, alibi_slopes=None, positions=None, sinks=None, **sight
+) -> Reference:
+    """Attention of a sequence's new tokens; causal and bottom-right aligned by default.
 
     Args:
         q: [n, Hq, D], the new tokens' queries.
-        k, v: [m, H, D] and [m, H, Dv], every token that the sequence holds, m >= n.
+        k, v: [m, H, D] and [m, H, Dv], every token that the sequence holds.
+        scale, softcap, alibi_slopes, positions, sinks, sight: as Step.attend has them, with the
+            mask and positions of this sequence.
     """
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     n, num_heads, head_dim = q.shape
     m, num_kv_heads, _ = k.shape
     scale = head_dim**-0.5 if scale is None else scale
-    visible = np.arange(m) <= np.arange(m - n, m)[:, None]
-    out = np.empty((n, num_heads, v.shape[2]))
-    lse = np.empty((n, num_heads))
-    max_score = np.empty((n, num_heads))
-    max_terms = np.empty((n, num_heads))
+    visible = visible_tokens(n, m, positions=positions, **sight)
+    place = np.arange(m - n, m) if positions is None else np.asarray(positions, np.int64)
+    distance = place[:, None] - np.arange(m)
+    out = np.zeros((n, num_heads, v.shape[2]))
+    lse = np.full((n, num_heads), -np.inf)
+    max_score = np.zeros((n, num_heads))
+    max_terms = np.zeros((n, num_heads))
+
+    def largest(x):
+        return np.where(visible, np.abs(x), 0).max(axis=1, initial=0)
+
     for head in range(num_heads):
         source = head // (num_heads // num_kv_heads)
         scores = (q[:, head] @ k[:, source].T) * scale
-        max_score[:, head] = np.where(visible, np.abs(scores), 0).max(axis=1)
+        max_score[:, head] = largest(scores)
         terms = np.abs(q[:, head]) @ np.abs(k[:, source]).T * abs(scale)
-        max_terms[:, head] = np.where(visible, terms, 0).max(axis=1)
-        scores = np.where(visible, scores, -np.inf)
-        lse[:, head] = special.logsumexp(scores, axis=1)
-        out[:, head] = special.softmax(scores, axis=1) @ v[:, source]
+        max_terms[:, head] = np.where(visible, terms, 0).max(axis=1, initial=0)
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            scores = scores - float(alibi_slopes[head]) * distance
+            max_score[:, head] = np.maximum(max_score[:, head], largest(scores))
+        values = v[:, source]
+        if sinks is not None:
+            scores = np.concatenate([scores, np.full((n, 1), float(sinks[head]))], axis=1)
+            values = np.concatenate([values, np.zeros((1, v.shape[2]))])
+            max_score[:, head] = np.maximum(max_score[:, head], abs(float(sinks[head])))
+        seen = np.pad(visible, ((0, 0), (0, scores.shape[1] - m)), constant_values=True)
+        scores = np.where(seen, scores, -np.inf)
+        some = seen.any(axis=1)
+        if some.any():
+            lse[some, head] = special.logsumexp(scores[some], axis=1)
+            weights = special.softmax(scores[some], axis=1)
+            # What is not seen takes no part, though it be NaN.
+            out[some, head] = [w[s] @ values[s] for w, s in zip(weights, seen[some], strict=True)]
     return Reference(out, lse, max_score, max_terms)
 
 
@@ -80,8 +120,11 @@ def assert_close(out, lse, reference: Reference, *, cancels: bool = False) -> No
         allowed = allowed + FLOAT16_SUBNORMAL_ROUNDING * out.shape[-1] ** 0.5
     assert_within(error, allowed, "out")
     if lse is not None:
-        error = np.abs(lse.astype(np.float64) - reference.lse)
-        assert_within(error, RELATIVE * growth + 2.0**-23 * np.abs(reference.lse), "lse")
+        nothing = np.isneginf(reference.lse)
+        assert np.array_equal(np.isneginf(lse), nothing), "lse of rows that see nothing"
+        exact = np.where(nothing, 0, reference.lse)
+        error = np.abs(np.where(nothing, 0, lse).astype(np.float64) - exact)
+        assert_within(error, RELATIVE * growth + 2.0**-23 * np.abs(exact), "lse")
 
 
 def assert_within(error, allowed, what: str) -> None:

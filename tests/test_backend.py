@@ -71,7 +71,9 @@ def test_a_backend_offers_nothing_beyond_the_protocol(name):
 
 
 def test_every_operation_on_arrays_is_in_ops():
-    data_plane = {"append_kv", "paged_attention", "merge_states", "quantize", "dequantize"}
+    data_plane = {
+        "append_kv", "attention", "paged_attention", "merge_states", "quantize", "dequantize",
+    }  # fmt: skip
     assert data_plane <= set(operations())
     assert data_plane | {"linear"} == set(kvcore.ops.__all__)
 

@@ -154,18 +154,19 @@ def check_rows(
         )
 
 
-def _from_list(value: Any, argument: str) -> np.ndarray:
+def from_list(value: Any, argument: str) -> np.ndarray:
+    """`value` as an array; a list of numbers becomes one."""
     if not isinstance(value, list | tuple):
         return as_array(value, argument)
     try:
         return np.asarray(value)
     except ValueError:
-        raise InvalidArgument(f"{argument}: expected ints, got lists of unequal length") from None
+        raise InvalidArgument(f"{argument}: expected a regular array, got lists of unequal length") from None
 
 
 def as_token_ids(value: Any, argument: str) -> np.ndarray:
     """Token ids as a dense int32 [n]."""
-    array = _from_list(value, argument)
+    array = from_list(value, argument)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidArgument(
             f"{argument}: expected a list or 1-D array of int token ids, "
@@ -183,7 +184,7 @@ def as_token_ids(value: Any, argument: str) -> np.ndarray:
 
 def as_index(value: Any, argument: str, ndim: int) -> np.ndarray:
     """An index array as dense int32 with `ndim` axes."""
-    array = _from_list(value, argument)
+    array = from_list(value, argument)
     if array.ndim != ndim or array.dtype.kind not in "iu":
         raise InvalidArgument(
             f"{argument}: expected a {ndim}-D array of ints, "

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import math
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvcore.errors import BackendUnavailable, InvalidArgument, InvalidType
+from kvcore.attend_options import AttendOptions
+from kvcore.errors import BackendUnavailable, InvalidArgument
 
 if TYPE_CHECKING:
     from kvcore._native.blocks import Plan
     from kvcore.spec import CacheSpec
 
-
-#: The largest float32.
-MAX_SCALE = 3.4028234663852886e38
-
-
-@dataclass(frozen=True)
-class AttendOptions:
-    """How a call of attend computes.
-
-    Attributes:
-        scale: s = (q . k) * scale; None means 1 / sqrt(head_dim).
-        exact: never take a path whose bits depend on how a prompt was chunked.
-    """
-
-    scale: float | None = None
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        if self.scale is None:
-            return
-        if isinstance(self.scale, bool) or not isinstance(self.scale, numbers.Real):
-            raise InvalidType(f"scale: expected a number, got {type(self.scale).__name__}")
-        if not abs(self.scale) <= MAX_SCALE:
-            raise InvalidArgument(f"scale: expected a finite float32, got {self.scale}")
-
-    def scale_for(self, head_dim: int) -> float:
-        return 1.0 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
-
+__all__ = [
+    "AttendOptions",
+    "Backend",
+    "Storage",
+    "available_backends",
+    "get_backend",
+    "known_backends",
+]
 
 class Storage(Protocol):
     """A backend's memory for all blocks of a cache."""
@@ -79,7 +57,7 @@ class Backend(Protocol):
         return_lse: bool,
         out: Any | None,
     ) -> Any:
-        """out, or (out, lse): causal attention of the new tokens over their sequences."""
+        """out, or (out, lse): attention of the new tokens over their sequences."""
         ...
 
     def copy_blocks(self, storage: Storage, group: int, plan: Plan) -> None:
@@ -111,6 +89,21 @@ class Backend(Protocol):
         return_lse: bool,
     ) -> Any:
         """See kvcore.ops.paged_attention."""
+        ...
+
+    def attention(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        query_cut: Any | None,
+        kv_cut: Any | None,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+        out: Any | None,
+    ) -> Any:
+        """See kvcore.ops.attention; a cut is starts [S + 1] (ragged) or lengths [S] (padded)."""
         ...
 
     def merge_states(self, outs: Any, lses: Any) -> tuple[Any, Any]:

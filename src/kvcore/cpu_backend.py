@@ -10,7 +10,8 @@ import numpy as np
 from kvcore import arrays, checks
 from kvcore._native import attention, quant
 from kvcore._native.blocks import Blocks, Memory, Plan
-from kvcore.backend import AttendOptions
+from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_positions
+from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
 from kvcore.errors import InvalidArgument, InvalidType
 from kvcore.formats import FORMATS, Format, get_format
 from kvcore.spec import MAX_HEAD_DIM, CacheSpec
@@ -132,6 +133,24 @@ class CpuBackend:
         plan = _user_plan(block_tables, seq_lens, query_starts, k_view)
         return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
 
+    def attention(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        query_cut: Any | None,
+        kv_cut: Any | None,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+        out: Any | None,
+    ) -> Any:
+        queries, _ = arrays.as_rows(q, "q")
+        keys, values = arrays.as_array(k, "k"), arrays.as_array(v, "v")
+        k_blocks, v_blocks = as_blocks(keys, "k", layout), as_blocks(values, "v", layout)
+        plan = contiguous_plan(queries, keys, values, query_cut, kv_cut, layout, options)
+        return _attend(plan, queries, k_blocks, v_blocks, layout, options, return_lse, out)
+
     def merge_states(self, outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
         parts = _float32(outs, "outs")
         part_lses = _float32(lses, "lses")
@@ -227,9 +246,26 @@ def _attend(
     shape = (*rows.shape[:-1], v_blocks.head_dim)
     target = np.empty(shape, rows.dtype) if out is None else _check_out(out, shape, rows.dtype)
     lse = np.empty((plan.num_tokens, num_heads), np.float32) if return_lse else None
-    scale = options.scale_for(k_blocks.head_dim)
+    mask, mask_offsets = packed_mask(options.mask, plan)
     attention.attend(
-        plan, rows, dtype, k_blocks, v_blocks, target, number, scale, options.exact, lse
+        plan,
+        rows,
+        dtype,
+        k_blocks,
+        v_blocks,
+        target,
+        number,
+        options.scale_for(k_blocks.head_dim),
+        options.exact,
+        lse,
+        options.softcap or 0.0,
+        options.causal,
+        options.window or 0,
+        per_head(options.alibi_slopes, "alibi_slopes", num_heads),
+        token_positions(options.positions, plan.num_tokens),
+        mask,
+        mask_offsets,
+        per_head(options.sinks, "sinks", num_heads),
     )
     return (target, lse) if return_lse else target
 
@@ -266,7 +302,7 @@ def _storage_view(array: np.ndarray, format: Format, argument: str) -> np.ndarra
     return array
 
 
-_BLOCK_FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint16": "bf16"}
+_BLOCK_FORMATS = {**ARRAY_FORMATS, "uint16": "bf16"}
 _BLOCK_LAYOUTS = {"HND": "[N, H, B, D]", "NHD": "[N, B, H, D]"}
 
 

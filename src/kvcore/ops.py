@@ -6,6 +6,7 @@ or bfloat16; B is a power of two from 16. NumPy arrays run on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvcore.errors import InvalidArgument, InvalidType
 
 __all__ = [
     "append_kv",
+    "attention",
     "dequantize",
     "linear",
     "merge_states",
@@ -52,11 +54,18 @@ def paged_attention(
     query_starts: Any,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    mask: Sequence[Any] | None = None,
+    positions: Any | None = None,
+    sinks: Any | None = None,
     return_lse: bool = False,
     layout: str = "HND",
     exact: bool = False,
 ) -> Any:
-    """Causal attention over paged keys and values, bottom-right aligned.
+    """Attention over paged keys and values, causal and bottom-right aligned by default.
 
     Args:
         q: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of H.
@@ -66,15 +75,28 @@ def paged_attention(
         seq_lens: int32 [S], tokens that each sequence has in the blocks, the new ones included.
         query_starts: int32 [S + 1], where each sequence's new tokens start in q.
         scale: s = (q . k) * scale; 1 / sqrt(D) when left out.
+        softcap: s = softcap * tanh(s / softcap).
+        alibi_slopes: [Hq]; s -= slope * (i - j), with i the query's position in its sequence
+            and j the key's.
+        window: a token sees only the last `window` tokens up to its position and including it,
+            i - window < j <= i, of all that it would see otherwise. Others are not read.
+        causal: False lets every new token see all that its sequence holds.
+        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
+            or None; a mask stands instead of causality.
+        positions: int32 [T], the i of each query for alibi_slopes and window, for trees; where
+            its token is stored when left out. Causality goes by storage order all the same.
+        sinks: [Hq], one more logit in each softmax's denominator, with no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         layout: of the blocks.
         exact: never take a path whose bits depend on how a prompt was chunked.
 
     Returns:
         out [T, Hq, Dv] in q's dtype, or (out, lse) with lse float32 [T, Hq]. A row that sees
-        nothing has out 0 and lse -inf.
+        nothing has out 0 and lse -inf, or its head's sink.
     """
-    options = AttendOptions(scale, exact)
+    options = AttendOptions(
+        scale, exact, softcap, alibi_slopes, causal, mask, window, positions, sinks
+    )
     return get_backend("cpu").paged_attention(
         q,
         k_blocks,
@@ -85,6 +107,83 @@ def paged_attention(
         layout,
         options,
         return_lse,
+    )
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    query_starts: Any | None = None,
+    kv_starts: Any | None = None,
+    query_lens: Any | None = None,
+    kv_lens: Any | None = None,
+    layout: str = "NHD",
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any | None = None,
+    window: int | None = None,
+    causal: bool = True,
+    mask: Sequence[Any] | None = None,
+    positions: Any | None = None,
+    sinks: Any | None = None,
+    return_lse: bool = False,
+    exact: bool = False,
+    out: Any | None = None,
+) -> Any:
+    """Attention over plain arrays, without a cache: the kernels and bits of `paged_attention`.
+
+    K and V are read in place where their last axis is dense and their other strides are positive.
+    Ragged sequences (layouts "NHD", "HND") are cut by starts, padded ones ("BSHD", "BHSD") by
+    lengths.
+
+    Args:
+        q: [T, Hq, D] with layout "NHD", [Hq, T, D] with "HND", [S, n, Hq, D] with "BSHD",
+            [S, Hq, n, D] with "BHSD". float32, float16 or bfloat16.
+        k, v: [M, H, D] and [M, H, Dv] in the same layout, each of any of these dtypes; m may
+            differ from n. Hq is a multiple of H.
+        query_starts: int32 [S + 1], where each sequence's queries start; one sequence when left out.
+        kv_starts: int32 [S + 1], likewise for k and v; query_starts when left out and T = M, or
+            one sequence.
+        query_lens, kv_lens: int32 [S], the rows of each padded sequence; all when left out. Padding
+            is not read.
+        scale: s = (q . k) * scale; 1 / sqrt(D) when left out.
+        softcap: s = softcap * tanh(s / softcap).
+        alibi_slopes: [Hq]; s -= slope * (i - j), with i the query's position in its sequence
+            and j the key's.
+        window: a token sees only the last `window` tokens up to its position and including it,
+            i - window < j <= i, of all that it would see otherwise. Others are not read.
+        causal: False lets every new token see all that its sequence holds.
+        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
+            or None; a mask stands instead of causality.
+        positions: int32 [T], the i of each query for alibi_slopes and window, for trees; where
+            its token is stored when left out. Causality goes by storage order all the same.
+        sinks: [Hq], one more logit in each softmax's denominator, with no value.
+        return_lse: also return the natural logarithm of the softmax's denominator.
+        exact: never take a path whose bits depend on how a prompt was chunked.
+        out: an array to write to, of q's dtype and shape but with Dv.
+
+    A causal sequence needs at least as many keys as queries; its last query sees all of them.
+
+    Returns:
+        out in q's dtype and layout, zero in the padding; or (out, lse) with lse float32 [T, Hq],
+        the queries of all sequences one after the other. A row that sees nothing has out 0 and lse
+        -inf, or its head's sink.
+    """
+    options = AttendOptions(
+        scale, exact, softcap, alibi_slopes, causal, mask, window, positions, sinks
+    )
+    padded = layout in ("BSHD", "BHSD")
+    cuts = {"query_starts": query_starts, "kv_starts": kv_starts}
+    lengths = {"query_lens": query_lens, "kv_lens": kv_lens}
+    for argument, value in (cuts if padded else lengths).items():
+        if value is not None:
+            kind = "padded" if padded else "ragged"
+            raise InvalidArgument(f"{argument}: expected None for the {kind} layout {layout}")
+    query_cut, kv_cut = (lengths if padded else cuts).values()
+    return get_backend("cpu").attention(
+        q, k, v, query_cut, kv_cut, layout, options, return_lse, out
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -105,25 +106,45 @@ class Step:
         *,
         layout: str = "NHD",
         scale: float | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Any | None = None,
+        window: int | None = None,
+        causal: bool = True,
+        mask: SequenceOf[Any] | None = None,
+        positions: Any | None = None,
+        sinks: Any | None = None,
         return_lse: bool = False,
         exact: bool = False,
         out: Any | None = None,
     ) -> Any:
-        """Causal attention of the new tokens over everything their sequences hold.
+        """Attention of the new tokens over everything their sequences hold.
 
-        A sequence's last new token sees all of it, the one before it all but the last, and so on.
+        It is causal unless options say otherwise: a sequence's last new token sees all of it, the
+        one before it all but the last, and so on.
 
         Args:
             layer: a layer that was appended in this step, or that reads such a layer's cache.
             q: [T, Hq, D] or as `layout` says (see `append`); Hq is a multiple of num_kv_heads.
             scale: s = (q . k) * scale; 1 / sqrt(head_dim) when left out.
+            softcap: s = softcap * tanh(s / softcap).
+            alibi_slopes: [Hq]; s -= slope * (i - j), with i the query's position in its sequence
+                and j the key's.
+            window: a token sees only the last `window` tokens up to its position and including it,
+                i - window < j <= i, of all that it would see otherwise. Others are not read.
+            causal: False lets every new token see all that its sequence holds.
+            mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
+                or None; a mask stands instead of causality.
+            positions: int32 [T], the i of each query for alibi_slopes and window, for trees; where
+                its token is stored when left out. Causality goes by storage order all the same.
+            sinks: [Hq], one more logit in each softmax's denominator, with no value.
             return_lse: also return the natural logarithm of the softmax's denominator.
             exact: never take a path whose bits depend on how a prompt was chunked.
             out: an array to write to, of q's dtype and shape but with head_dim_v.
 
         Returns:
             out in q's dtype and layout, zero in the padding; or (out, lse) with lse float32
-            [T, Hq], whatever the layout.
+            [T, Hq], whatever the layout. A row that sees nothing has out 0 and lse -inf, or its
+            head's sink.
 
         Raises:
             InvalidArgument, InvalidType: naming the argument.
@@ -132,7 +153,9 @@ class Step:
         plan = self._plan_of(layer)
         self._native.check_attend(layer)
         cache = self.cache
-        options = AttendOptions(scale, exact)
+        options = AttendOptions(
+            scale, exact, softcap, alibi_slopes, causal, mask, window, positions, sinks
+        )
         return cache.backend.attend(
             cache._storage, layer, plan, q, layout, options, return_lse, out
         )

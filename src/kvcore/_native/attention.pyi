@@ -22,6 +22,14 @@ def attend(
     scale: float,
     exact: bool,
     lse: NDArray[np.float32] | None,
+    softcap: float,
+    causal: bool,
+    window: int,
+    alibi_slopes: NDArray[np.float32] | None,
+    positions: NDArray[np.int32] | None,
+    mask: NDArray[np.uint8] | None,
+    mask_offsets: NDArray[np.int64] | None,
+    sinks: NDArray[np.float32] | None,
 ) -> None: ...
 def copy_blocks(plan: Plan, blocks: Blocks) -> None: ...
 def read(

@@ -1,6 +1,7 @@
 """Append, attend, read, copy and merge over blocks, with the GIL released."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.string cimport memset
 cimport numpy as cnp
 
 import numpy as np
@@ -51,16 +52,34 @@ def append(Plan plan not None, cnp.ndarray array not None, int dtype, int layout
 
 def attend(Plan plan not None, cnp.ndarray q not None, int q_dtype, Blocks k not None,
            Blocks v not None, cnp.ndarray out not None, int layout, float scale, bint exact,
-           cnp.ndarray lse):
-    """Attention of `q` over the plan's sequences into `out`, and lse [T, Hq] unless None."""
+           cnp.ndarray lse, float softcap, bint causal, int32_t window, cnp.ndarray alibi_slopes,
+           cnp.ndarray positions, cnp.ndarray mask, cnp.ndarray mask_offsets, cnp.ndarray sinks):
+    """Attention of `q` over the plan's sequences into `out`, and lse [T, Hq] unless None.
+
+    From softcap on as kv_attend_options has them; arrays are dense, and 0 or None is off.
+    """
     cdef kv_rows q_rows = as_rows(q, q_dtype, layout)
     cdef kv_rows out_rows = as_rows(out, q_dtype, layout)
     cdef kv_attend_options options
     cdef float *lse_data = NULL
     cdef kv_status status
+    memset(&options, 0, sizeof(options))
     options.struct_size = sizeof(options)
     options.scale = scale
     options.exact = exact
+    options.softcap = softcap
+    options.non_causal = not causal
+    options.window = window
+    if alibi_slopes is not None:
+        options.alibi_slopes = <const float *>cnp.PyArray_DATA(alibi_slopes)
+    if positions is not None:
+        options.positions = <const int32_t *>cnp.PyArray_DATA(positions)
+    if mask is not None:
+        options.mask = <const uint8_t *>cnp.PyArray_DATA(mask)
+        options.mask_size = cnp.PyArray_SIZE(mask)
+        options.mask_offsets = <const int64_t *>cnp.PyArray_DATA(mask_offsets)
+    if sinks is not None:
+        options.sinks = <const float *>cnp.PyArray_DATA(sinks)
     if lse is not None:
         lse_data = <float *>cnp.PyArray_DATA(lse)
     with nogil:

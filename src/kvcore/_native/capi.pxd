@@ -1,5 +1,5 @@
 # The C door (kvcore.h) as Cython sees it.
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 
 cdef extern from "kvcore/kvcore.h" nogil:
@@ -149,6 +149,15 @@ cdef extern from "kvcore/kvcore.h" nogil:
         size_t struct_size
         float scale
         int32_t exact
+        int32_t non_causal
+        int32_t window
+        float softcap
+        const float *alibi_slopes
+        const int32_t *positions
+        const uint8_t *mask
+        int64_t mask_size
+        const int64_t *mask_offsets
+        const float *sinks
     kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
                         const kv_blocks *v, const kv_attend_options *options,
                         const kv_rows *out, float *lse)

@@ -22,7 +22,8 @@ typedef struct attend_call {
     const kv_plan *plan;
     const kv_rows *q, *out;
     const kv_blocks *k, *v;
-    float scale;
+    const kv_attend_options *options;
+    kv_sight sight;
     float *lse;
     int32_t group_size, q_width, o_width;
     int32_t block_shift; /* log2 of block_size */
@@ -42,9 +43,13 @@ typedef struct attend_call {
 typedef struct tile {
     float *q, *scores, *decoded;
     kv_partial state, partial;
-    int32_t seen[KV_TILE_ROWS];    /* tokens that a row sees in all */
-    int32_t visible[KV_TILE_ROWS]; /* ... in the split at hand */
-    kv_split_runs runs[2];         /* of this split and of the next */
+    kv_span spans[KV_TILE_ROWS];          /* what a row sees in all */
+    const uint8_t *masks[KV_TILE_ROWS];   /* ... and of that, where not NULL */
+    int32_t visible[KV_TILE_ROWS];        /* the end of what it sees in the split at hand */
+    uint32_t seen[KV_TILE_ROWS][KV_SPLIT_WORDS];
+    float slopes[KV_TILE_ROWS], distances[KV_TILE_ROWS];
+    int64_t positions[KV_TILE_ROWS];
+    kv_split_runs runs[2]; /* of this split and of the next */
 } tile;
 
 /* ---- a tile ---------------------------------------------------------------------------------- */
@@ -88,7 +93,7 @@ static void locate_row(const attend_call *call, const kv_unit *unit, int32_t r, 
 static void load_queries(const attend_call *call, const kv_unit *unit, tile *t) {
     const kv_rows *q = call->q;
     const int32_t *starts = call->plan->query_starts, s = unit->sequence;
-    const int32_t before = call->plan->seq_lens[s] - (starts[s + 1] - starts[s]);
+    const float scale = call->options->scale;
     for (int32_t r = 0; r < unit->num_rows; r++) {
         int32_t token, head;
         float *row = t->q + (int64_t)r * call->q_width;
@@ -97,10 +102,28 @@ static void load_queries(const attend_call *call, const kv_unit *unit, tile *t) 
                                    head * q->head_stride * kv_dtype_bytes(q->dtype),
                                kv_dtype_format(q->dtype), row, KV_FORMAT_FP32, q->head_dim);
         for (int32_t d = 0; d < q->head_dim; d++)
-            row[d] *= call->scale;
+            row[d] *= scale;
         for (int32_t d = q->head_dim; d < call->q_width; d++)
             row[d] = 0.0f;
-        t->seen[r] = before + token + 1;
+    }
+}
+
+/* What each row sees and where it stands. */
+static void load_sight(const attend_call *call, const kv_unit *unit, tile *t) {
+    for (int32_t r = 0; r < unit->num_rows; r++) {
+        int32_t token, head;
+        locate_row(call, unit, r, &token, &head);
+        if (r > 0 && head > unit->head * call->group_size) { /* the same token as before */
+            t->spans[r] = t->spans[r - 1];
+            t->masks[r] = t->masks[r - 1];
+            t->positions[r] = t->positions[r - 1];
+        } else {
+            t->spans[r] = kv_visible_span(&call->sight, unit->sequence, token);
+            t->masks[r] = kv_mask_row(&call->sight, unit->sequence, token);
+            t->positions[r] = kv_query_position(&call->sight, unit->sequence, token);
+        }
+        if (call->options->alibi_slopes)
+            t->slopes[r] = call->options->alibi_slopes[head];
     }
 }
 
@@ -110,10 +133,11 @@ static void locate_split(const attend_call *call, const kv_unit *unit, int32_t s
     const int32_t *block_row = call->plan->block_rows[unit->sequence];
     const int32_t block_size = call->k->block_size, mask = block_size - 1;
     const int32_t longest = block_size < KV_RUN ? block_size : KV_RUN;
-    const int32_t begin = split * KV_SPLIT, left = unit->num_seen - begin;
+    const int32_t begin = (kv_first_split(unit) + split) * KV_SPLIT, left = unit->end - begin;
     const int32_t count = left < KV_SPLIT ? left : KV_SPLIT;
+    runs->start = unit->begin > begin ? (unit->begin - begin) & -longest : 0;
     runs->num_runs = 0;
-    for (int32_t j = 0; j < count; j += longest) {
+    for (int32_t j = runs->start; j < count; j += longest) {
         const int32_t block = block_row[(begin + j) >> call->block_shift];
         const int32_t offset = (begin + j) & mask;
         const int32_t length = count - j < longest ? count - j : longest;
@@ -125,17 +149,40 @@ static void locate_split(const attend_call *call, const kv_unit *unit, int32_t s
     }
 }
 
+/* Sets what each row sees of a split. Returns whether that is all up to its `visible`, which never
+ * decreases; `seen` is then not set. */
+static int find_visible(const kv_unit *unit, int32_t begin, tile *t) {
+    int prefixes = 1;
+    for (int32_t r = 0; r < unit->num_rows; r++) {
+        const int32_t end = t->spans[r].end - begin;
+        t->visible[r] = end < 0 ? 0 : end < KV_SPLIT ? end : KV_SPLIT;
+        prefixes &= !t->masks[r] && t->spans[r].begin <= begin &&
+                    (r == 0 || t->visible[r] >= t->visible[r - 1]);
+    }
+    for (int32_t r = 0; r < unit->num_rows && !prefixes; r++)
+        t->visible[r] = kv_visible_bits(t->spans[r], t->masks[r], begin, t->seen[r]);
+    return prefixes;
+}
+
 static void run_split(const attend_call *call, const kv_unit *unit, int32_t split, tile *t,
                       const kv_partial *into) {
-    for (int32_t r = 0; r < unit->num_rows; r++) {
-        const int32_t seen = t->seen[r] - split * KV_SPLIT;
-        t->visible[r] = seen < 0 ? 0 : seen < KV_SPLIT ? seen : KV_SPLIT;
+    const int32_t begin = (kv_first_split(unit) + split) * KV_SPLIT;
+    if (unit->begin == unit->end) { /* there may be nothing to read at all */
+        memset(into->l, 0, (size_t)unit->num_rows * sizeof(float));
+        return;
     }
+    for (int32_t r = 0; r < unit->num_rows; r++)
+        t->distances[r] = (float)(t->positions[r] - begin);
+    const int prefixes = find_visible(unit, begin, t);
     const kv_split_task task = {.q = t->q,
                                 .num_rows = unit->num_rows,
                                 .q_width = call->q_width,
                                 .o_width = call->o_width,
                                 .visible = t->visible,
+                                .seen = prefixes ? NULL : t->seen[0],
+                                .softcap = call->options->softcap,
+                                .slopes = call->options->alibi_slopes ? t->slopes : NULL,
+                                .distances = t->distances,
                                 .k_format = call->k->format,
                                 .v_format = call->v->format,
                                 .head_dim = call->k->head_dim,
@@ -148,13 +195,23 @@ static void run_split(const attend_call *call, const kv_unit *unit, int32_t spli
     call->kernels->attend_split(&task);
 }
 
+/* A sink is one more token that comes last and whose value is 0. */
+static void add_sink(const attend_call *call, const kv_partial *state, int32_t r, float logit) {
+    float one = 1.0f, zeros[1024] = {0};
+    const kv_partial row = {state->m + r, state->l + r, state->o + (int64_t)r * call->o_width};
+    const kv_partial sink = {&logit, &one, zeros};
+    call->kernels->merge_partial(&row, &sink, 1, call->o_width);
+}
+
 static void finish_row(const attend_call *call, const kv_unit *unit, int32_t r,
                        const kv_partial *state) {
     const kv_rows *out = call->out;
-    const float m = state->m[r], l = state->l[r];
-    float row[1024];
     int32_t token, head;
     locate_row(call, unit, r, &token, &head);
+    if (call->options->sinks)
+        add_sink(call, state, r, call->options->sinks[head]);
+    const float m = state->m[r], l = state->l[r];
+    float row[1024];
     if (l == 0.0f)
         memset(row, 0, sizeof(row));
     else
@@ -200,6 +257,7 @@ static void run_unit(const attend_call *call, int32_t u, int32_t begin, int32_t 
     const kv_unit *unit = &call->units[u];
     const kv_partial state = cut ? slot_at(call, cut->first_slot_row) : t->state;
     load_queries(call, unit, t);
+    load_sight(call, unit, t);
     locate_split(call, unit, begin, &t->runs[0]);
     for (int32_t split = begin; split < stop; split++) {
         locate_next(call, u, split, stop, end, &t->runs[1]);
@@ -309,7 +367,7 @@ static kv_status prepare(attend_call *call, kv_workspace *workspace) {
     call->cuts = (kv_cut *)(lists + units_bytes);
     call->bounds = (kv_bound *)(call->cuts + KV_MAX_THREADS);
 
-    const int64_t cost = kv_list_units(call->plan, num_heads, call->group_size, call->units);
+    const int64_t cost = kv_list_units(&call->sight, num_heads, call->group_size, call->units);
     call->num_parts = kv_num_parts(cost, PART_WORK / call->k->head_dim);
     call->num_cuts = kv_cut_work(call->units, call->num_units, call->num_parts, call->bounds,
                                  call->cuts, &call->slot_rows);
@@ -336,7 +394,8 @@ static void run(attend_call *call) {
 
 kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, const kv_blocks *v,
                     const kv_attend_options *options, const kv_rows *out, float *lse) {
-    kv_status status = kv_check_attend(plan, q, k, v, options, out);
+    kv_attend_options known;
+    kv_status status = kv_check_attend(plan, q, k, v, options, out, &known);
     if (status != KV_OK)
         return status;
     const kv_kernels *kernels = kv_active_kernels();
@@ -348,7 +407,8 @@ kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, c
                         .out = out,
                         .k = k,
                         .v = v,
-                        .scale = options->scale,
+                        .options = &known,
+                        .sight = kv_sight_of(plan, &known),
                         .lse = lse,
                         .group_size = q->num_heads / k->num_heads,
                         .q_width = (int32_t)round_up(k->head_dim, KV_ROW_ALIGN),

@@ -3,17 +3,67 @@
 #include "storage.h"
 
 #include <math.h>
+#include <string.h>
 
-static kv_status check_sequences(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v) {
+/* The struct of the first release ended here. */
+#define FIRST_OPTIONS_SIZE offsetof(kv_attend_options, non_causal)
+
+static kv_status read_options(const kv_attend_options *options, kv_attend_options *known) {
+    if (!options)
+        return KV_ERR_NULL;
+    if (options->struct_size < FIRST_OPTIONS_SIZE)
+        return KV_ERR_VALUE;
+    memset(known, 0, sizeof(*known));
+    memcpy(known, options,
+           options->struct_size < sizeof(*known) ? options->struct_size : sizeof(*known));
+    if (!isfinite(known->scale) || known->window < 0 || !isfinite(known->softcap) ||
+        known->softcap < 0.0f || (known->mask && known->mask_size < 0))
+        return KV_ERR_VALUE;
+    return known->mask && !known->mask_offsets ? KV_ERR_NULL : KV_OK;
+}
+
+static int all_finite(const float *x, int32_t count) {
+    for (int32_t i = 0; x && i < count; i++)
+        if (!isfinite(x[i]))
+            return 0;
+    return 1;
+}
+
+/* The arrays of options, whose lengths the plan and the heads give. */
+static kv_status check_option_arrays(const kv_plan *plan, const kv_attend_options *options,
+                                     int32_t num_heads) {
+    if (!all_finite(options->alibi_slopes, num_heads) || !all_finite(options->sinks, num_heads))
+        return KV_ERR_VALUE;
+    for (int32_t t = 0; options->positions && t < plan->num_tokens; t++)
+        if (options->positions[t] < 0)
+            return KV_ERR_RANGE;
+    for (int32_t s = 0; options->mask && s < plan->num_sequences; s++) {
+        const int64_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
+        const int64_t offset = options->mask_offsets[s];
+        if (offset < -1 || (offset >= 0 && (offset > options->mask_size ||
+                                            num_new * plan->seq_lens[s] >
+                                                options->mask_size - offset)))
+            return KV_ERR_RANGE;
+    }
+    return KV_OK;
+}
+
+/* Without causality a sequence may hold fewer tokens than it asks about. */
+static int is_causal(const kv_attend_options *options, int32_t s) {
+    return !options->non_causal && !(options->mask && options->mask_offsets[s] >= 0);
+}
+
+static kv_status check_sequences(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v,
+                                 const kv_attend_options *options) {
     const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
     if (plan->num_sequences > 0 && (!plan->seq_lens || !plan->block_rows))
         return KV_ERR_NULL;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
         const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
         const int32_t length = plan->seq_lens[s];
-        if (length < num_new)
+        if (length < 0 || (length < num_new && is_causal(options, s)))
             return KV_ERR_RANGE;
-        if (num_new == 0)
+        if (num_new == 0 || length == 0)
             continue;
         if (!plan->block_rows[s])
             return KV_ERR_NULL;
@@ -40,18 +90,19 @@ static kv_status check_shapes(const kv_plan *plan, const kv_rows *q, const kv_bl
 
 kv_status kv_check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
                           const kv_blocks *v, const kv_attend_options *options,
-                          const kv_rows *out) {
+                          const kv_rows *out, kv_attend_options *known) {
     kv_status status;
-    if (!plan || !q || !options || !out)
+    if (!plan || !q || !out)
         return KV_ERR_NULL;
-    if (options->struct_size < sizeof(*options) || !isfinite(options->scale))
-        return KV_ERR_VALUE;
-    if ((status = kv_check_blocks(k)) != KV_OK || (status = kv_check_blocks(v)) != KV_OK ||
+    if ((status = read_options(options, known)) != KV_OK ||
+        (status = kv_check_blocks(k)) != KV_OK || (status = kv_check_blocks(v)) != KV_OK ||
         (status = kv_check_queries(plan, q->padded_length)) != KV_OK ||
         (status = kv_check_queries(plan, out->padded_length)) != KV_OK ||
         (status = kv_check_rows(q, plan->num_sequences, plan->num_tokens, 0)) != KV_OK ||
         (status = kv_check_rows(out, plan->num_sequences, plan->num_tokens, 1)) != KV_OK ||
         (status = check_shapes(plan, q, k, v, out)) != KV_OK)
         return status;
-    return check_sequences(plan, k, v);
+    if ((status = check_sequences(plan, k, v, known)) != KV_OK)
+        return status;
+    return check_option_arrays(plan, known, q->num_heads);
 }

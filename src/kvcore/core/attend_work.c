@@ -18,11 +18,31 @@ int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_siz
 
 static int64_t row_cost(const kv_unit *unit) { return unit->num_rows + TOKEN_COST; }
 
-int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units) {
+/* Where everything lies that the unit's rows see. */
+static void find_span(const kv_sight *sight, int32_t group_size, kv_unit *unit) {
+    const int32_t last = (unit->first_row + unit->num_rows - 1) / group_size;
+    kv_span span = kv_visible_span(sight, unit->sequence, last);
+    /* Unless something narrows it, the last row sees all that the others see. */
+    for (int32_t token = unit->first_row / group_size; sight->narrowed && token < last; token++) {
+        const kv_span other = kv_visible_span(sight, unit->sequence, token);
+        if (span.begin == span.end) {
+            span = other;
+        } else if (other.begin < other.end) {
+            span.begin = other.begin < span.begin ? other.begin : span.begin;
+            span.end = other.end > span.end ? other.end : span.end;
+        }
+    }
+    unit->begin = span.begin;
+    unit->end = span.end;
+}
+
+int64_t kv_list_units(const kv_sight *sight, int32_t num_heads, int32_t group_size,
+                      kv_unit *units) {
+    const kv_plan *plan = sight->plan;
     int64_t cost = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
         const int64_t num_rows = num_query_rows(plan, s, group_size);
-        const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
+        const int64_t num_tiles = (num_rows + KV_TILE_ROWS - 1) / KV_TILE_ROWS;
         for (int32_t head = 0; head < num_heads; head++)
             for (int64_t row = 0; row < num_rows; row += KV_TILE_ROWS) {
                 const int64_t left = num_rows - row;
@@ -31,10 +51,14 @@ int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size
                 unit->head = head;
                 unit->first_row = (int32_t)row;
                 unit->num_rows = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS;
-                unit->num_seen = plan->seq_lens[s] - num_new + 1 +
-                                 (int32_t)((row + unit->num_rows - 1) / group_size);
+                if (head == 0) {
+                    find_span(sight, group_size, unit);
+                } else {
+                    unit->begin = unit[-num_tiles].begin;
+                    unit->end = unit[-num_tiles].end;
+                }
                 unit->start = cost;
-                cost += row_cost(unit) * unit->num_seen;
+                cost += row_cost(unit) * (unit->end - unit->begin / KV_SPLIT * KV_SPLIT);
             }
     }
     units->start = cost;

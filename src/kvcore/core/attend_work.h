@@ -5,12 +5,12 @@
 #ifndef KVCORE_CORE_ATTEND_WORK_H
 #define KVCORE_CORE_ATTEND_WORK_H
 
-#include "kernels/kernels.h"
+#include "attend_sight.h"
 
 typedef struct kv_unit {
     int32_t sequence, head;      /* KV head */
     int32_t first_row, num_rows; /* rows count (new token, query head of the group), token major */
-    int32_t num_seen;            /* tokens that the last row sees */
+    int32_t begin, end;          /* tokens between which lies all that its rows see */
     int64_t start;               /* cost of all units before */
 } kv_unit;
 
@@ -31,10 +31,15 @@ typedef struct kv_cut {
 int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size);
 
 /* Fills units[count + 1], the last being an end mark; returns the cost of all. */
-int64_t kv_list_units(const kv_plan *plan, int32_t num_heads, int32_t group_size, kv_unit *units);
+int64_t kv_list_units(const kv_sight *sight, int32_t num_heads, int32_t group_size, kv_unit *units);
 
+/* The first split that a unit reads; its splits are counted from there. */
+static inline int32_t kv_first_split(const kv_unit *unit) { return unit->begin / KV_SPLIT; }
+
+/* At least one, so that every unit has a place on the line. */
 static inline int32_t kv_num_splits(const kv_unit *unit) {
-    return (int32_t)(((int64_t)unit->num_seen + KV_SPLIT - 1) / KV_SPLIT);
+    const int64_t last = ((int64_t)unit->end + KV_SPLIT - 1) / KV_SPLIT;
+    return last > kv_first_split(unit) ? (int32_t)last - kv_first_split(unit) : 1;
 }
 
 /* Fills bounds[num_parts + 1] and at most num_parts - 1 cuts; returns how many cuts there are.

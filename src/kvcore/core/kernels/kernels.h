@@ -6,6 +6,7 @@
 
 enum {
     KV_SPLIT = 256,    /* tokens of a split: docs/numerics.md */
+    KV_SPLIT_WORDS = KV_SPLIT / 32,
     KV_RUN = 32,       /* most tokens that a kernel takes from one block at a time */
     KV_MAX_RUNS = 16,  /* runs of a split: the smallest block has 16 tokens */
     KV_TILE_ROWS = 64, /* most query rows that share one pass over a split */
@@ -19,8 +20,10 @@ typedef struct kv_run {
     int32_t count;
 } kv_run;
 
-/* The tokens of one split as runs; K and V are cut at the same places. */
+/* The tokens of one split as runs; K and V are cut at the same places. A run lies within one 32
+ * tokens of the split. */
 typedef struct kv_split_runs {
+    int32_t start; /* token of the split that the first run begins with */
     int32_t num_runs;
     kv_run k[KV_MAX_RUNS], v[KV_MAX_RUNS];
 } kv_split_runs;
@@ -35,7 +38,12 @@ typedef struct kv_partial {
 typedef struct kv_split_task {
     const float *q; /* [num_rows, q_width], scaled, padded with zeros up to KV_ROW_ALIGN */
     int32_t num_rows, q_width, o_width;
-    const int32_t *visible; /* [num_rows] tokens of the split that a row sees; never decreases */
+    const int32_t *visible; /* [num_rows] where what a row sees of the split ends; without `seen`
+                               it sees all before, and `visible` never decreases */
+    const uint32_t *seen;   /* [num_rows, KV_SPLIT_WORDS] bits of the tokens that it sees, or NULL */
+    float softcap;          /* 0: off */
+    const float *slopes;    /* [num_rows] s -= slope * (distance - token of the split), or NULL */
+    const float *distances; /* [num_rows] the query's position less the split's first token's */
     kv_format k_format, v_format;
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;

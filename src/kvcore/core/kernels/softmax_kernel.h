@@ -2,8 +2,12 @@
 
 #include <math.h>
 
-/* e^x for x <= 0; docs/numerics.md states the method and its error. */
-KV_INLINE kv_vec kv_exp(kv_vec x) {
+/* e^x = (1 + p) * 2^n for -87.3 <= x <= 0; docs/numerics.md states the method and its error. */
+typedef struct kv_exp_parts {
+    kv_vec p, z; /* z = n + KV_ROUND */
+} kv_exp_parts;
+
+KV_INLINE kv_exp_parts kv_exp_split(kv_vec x) {
     const kv_vec z = kv_fma(x, kv_broadcast(1.44269504f), kv_broadcast(KV_ROUND));
     const kv_vec n = kv_sub(z, kv_broadcast(KV_ROUND));
     /* ln 2 = 0.693359375 - 2.12194440e-4; the first part has so few bits that n times it is exact */
@@ -15,9 +19,28 @@ KV_INLINE kv_vec kv_exp(kv_vec x) {
     q = kv_fma(q, r, kv_broadcast(0x1.5558f2p-5f));
     q = kv_fma(q, r, kv_broadcast(0x1.555492p-3f));
     q = kv_fma(q, r, kv_broadcast(0x1.fffffcp-2f));
-    const kv_vec p = kv_add(kv_fma(kv_mul(r, r), q, r), kv_broadcast(1.0f));
+    return (kv_exp_parts){kv_fma(kv_mul(r, r), q, r), z};
+}
+
+/* e^x for x <= 0. */
+KV_INLINE kv_vec kv_exp(kv_vec x) {
+    const kv_exp_parts e = kv_exp_split(x);
+    const kv_vec p = kv_add(e.p, kv_broadcast(1.0f));
     /* A product, not an addition to the exponent, so that a NaN stays one. */
-    return kv_keep_above(x, -87.3f, kv_mul(p, kv_pow2(z)));
+    return kv_keep_above(x, -87.3f, kv_mul(p, kv_pow2(e.z)));
+}
+
+/* tanh(x) = sign(x) * -t / (t + 2), t = e^(-2 abs(x)) - 1, with t from the parts of kv_exp before
+ * they are added to 1, so that nothing cancels near 0. */
+KV_INLINE kv_vec kv_tanh(kv_vec x) {
+    const kv_vec magnitude = kv_max(kv_sub(kv_zero(), x), x); /* a NaN in x stays one */
+    /* From 20 on the result is 1, and this bound keeps 2^n in range. */
+    const kv_vec y = kv_max(kv_broadcast(-40.0f), kv_mul(magnitude, kv_broadcast(-2.0f)));
+    const kv_exp_parts e = kv_exp_split(y);
+    const kv_vec scale = kv_pow2(e.z);
+    const kv_vec t = kv_fma(e.p, scale, kv_sub(scale, kv_broadcast(1.0f)));
+    const kv_vec sign = kv_sub(kv_keep_above(x, 0.0f, kv_broadcast(2.0f)), kv_broadcast(1.0f));
+    return kv_mul(sign, kv_div(kv_sub(kv_zero(), t), kv_add(t, kv_broadcast(2.0f))));
 }
 
 /* Turns the first `count` of KV_SPLIT scores into exp(s - m); sets *m and *l. */

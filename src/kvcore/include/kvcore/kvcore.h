@@ -254,15 +254,33 @@ KV_API kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_bl
 KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num_columns,
                          int32_t start, int32_t stop, const kv_rows *out);
 
+/* In the order in which they act. A struct_size that ends before a field leaves that option off, as
+ * 0 and NULL do; scale and exact are required. i is a query's position: positions[t], or else where
+ * its token stands in its sequence, counted from 0; j is where a key's token stands. */
 typedef struct kv_attend_options {
     size_t struct_size;
-    float scale;   /* s = (q . k) * scale */
-    int32_t exact; /* non-zero: never take a path whose bits depend on how a prompt was chunked */
+    float scale;        /* s = (q . k) * scale */
+    int32_t exact;      /* non-zero: never take a path whose bits depend on how a prompt was chunked */
+    int32_t non_causal; /* non-zero: a sequence's tokens all see all of it */
+    int32_t window;     /* only keys with i - window < j <= i are seen; 0: off */
+    float softcap;      /* s = softcap * tanh(s / softcap); 0: off */
+    const float *alibi_slopes;   /* [Hq] s -= slope * (i - j) */
+    const int32_t *positions;    /* [T], from 0: for alibi_slopes and window */
+    const uint8_t *mask;         /* mask_size bytes, 0: not seen */
+    int64_t mask_size;
+    const int64_t *mask_offsets; /* [S] where the dense [new tokens, seq_len] mask of a sequence
+                                    starts, which stands instead of causality; -1: it has none */
+    const float *sinks; /* [Hq] one more logit in the softmax's denominator, with no value */
 } kv_attend_options;
 
-/* Causal attention of the plan's new tokens over everything their sequences hold, bottom-right
- * aligned. q and out: [T, Hq, D] and [T, Hq, Dv]; Hq is a multiple of the blocks' num_heads. Padding
- * of `out` is set to zero. lse: [T, Hq], natural logarithm, or NULL. */
+/* Attention of the plan's new tokens over everything their sequences hold: causal and bottom-right
+ * aligned, unless options say otherwise. q and out: [T, Hq, D] and [T, Hq, Dv]; Hq is a multiple of
+ * the blocks' num_heads. Padding of `out` is set to zero. lse: [T, Hq], natural logarithm, sinks
+ * included, or NULL. A row that sees nothing has out 0 and lse -inf, or its sink.
+ *
+ * K and V in one contiguous array need no copy: blocks may overlap. With block_stride =
+ * token_stride, a block_size (a power of two) of at least the longest sequence and one block for
+ * each sequence, the number of its first token, a sequence's rows are the array's own. */
 KV_API kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
                            const kv_blocks *v, const kv_attend_options *options, const kv_rows *out,
                            float *lse);

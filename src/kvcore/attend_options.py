@@ -1,0 +1,130 @@
+"""How a call of attend computes: the options that users give, and the CPU's reading of them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvcore import arrays, checks
+from kvcore.errors import InvalidArgument, InvalidType
+
+if TYPE_CHECKING:
+    from kvcore._native.blocks import Plan
+
+#: The largest float32.
+MAX_FLOAT = 3.4028234663852886e38
+#: The smallest float32 above 0 that is not denormal.
+MIN_SOFTCAP = 2.0**-126
+MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AttendOptions:
+    """How a call of attend computes, in the order in which the options act.
+
+    i is a query's position in its sequence, from 0: `positions` or else where it is stored. j is
+    where a key is stored. docs/numerics.md has the arithmetic.
+
+    Attributes:
+        scale: s = (q . k) * scale; None means 1 / sqrt(head_dim).
+        exact: never take a path whose bits depend on how a prompt was chunked.
+        softcap: s = softcap * tanh(s / softcap), softcap > 0.
+        alibi_slopes: float32 [Hq]; s -= slope * (i - j).
+        causal: a token sees what is stored before it and itself; False: everything.
+        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key, or
+            None; a mask stands instead of causality.
+        window: of all that, only i - window < j <= i; at least 1.
+        positions: int32 [T], from 0, for alibi_slopes and window.
+        sinks: float32 [Hq], one more logit in a softmax's denominator, without a value.
+    """
+
+    scale: float | None = None
+    exact: bool = False
+    softcap: float | None = None
+    alibi_slopes: Any | None = None
+    causal: bool = True
+    mask: Sequence[Any] | None = None
+    window: int | None = None
+    positions: Any | None = None
+    sinks: Any | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            _check_number(self.scale, "scale", "a finite float32", -MAX_FLOAT)
+        if self.softcap is not None:
+            _check_number(self.softcap, "softcap", "a finite float32 above 0", MIN_SOFTCAP)
+        if self.window is not None:
+            checks.integer(self.window, "window", 1, MAX_INT32)
+        if not isinstance(self.causal, bool | np.bool_):
+            raise InvalidType(f"causal: expected a bool, got {type(self.causal).__name__}")
+
+    def scale_for(self, head_dim: int) -> float:
+        return 1.0 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
+
+
+def _check_number(value: Any, argument: str, expected: str, low: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidType(f"{argument}: expected a number, got {type(value).__name__}")
+    if not low <= value <= MAX_FLOAT:
+        raise InvalidArgument(f"{argument}: expected {expected}, got {value}")
+
+
+def per_head(value: Any | None, argument: str, num_heads: int) -> np.ndarray | None:
+    """One finite float32 for each query head, dense."""
+    if value is None:
+        return None
+    array = arrays.from_list(value, argument)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise InvalidType(f"{argument}: expected float32, got {array.dtype}")
+    checks.shape(array.shape, (num_heads,), argument, "[Hq]")
+    with np.errstate(over="ignore"):
+        result = arrays.dense(array, np.float32)
+    if not np.isfinite(result).all():
+        raise InvalidArgument(f"{argument}: expected finite float32 values, got {array}")
+    return result
+
+
+def token_positions(value: Any | None, num_tokens: int) -> np.ndarray | None:
+    """One position from 0 for each new token, dense int32."""
+    if value is None:
+        return None
+    result = arrays.as_index(value, "positions", 1)
+    checks.shape(result.shape, (num_tokens,), "positions", "[T]")
+    if result.size and result.min() < 0:
+        raise InvalidArgument(f"positions: expected at least 0, got {result.min()}")
+    return result
+
+
+def packed_mask(value: Any | None, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """All masks as one uint8 array, and int64 [S]: where each starts, -1 for none."""
+    if value is None:
+        return None, None
+    count = plan.num_sequences
+    if not isinstance(value, Sequence | np.ndarray):
+        raise InvalidType(
+            f"mask: expected a list of boolean arrays or None, got {type(value).__name__}"
+        )
+    if len(value) != count:
+        raise InvalidArgument(f"mask: expected {count} entries [S], got {len(value)}")
+    offsets = np.full(count, -1, np.int64)
+    parts = []
+    size = 0
+    shapes = zip(np.diff(plan.query_starts).tolist(), plan.seq_lens.tolist(), strict=True)
+    for s, (entry, shape) in enumerate(zip(value, shapes, strict=True)):
+        if entry is None:
+            continue
+        array = arrays.from_list(entry, f"mask[{s}]")
+        if array.dtype != np.bool_:
+            raise InvalidType(f"mask[{s}]: expected bool, got {array.dtype}")
+        checks.shape(array.shape, shape, f"mask[{s}]", "[new tokens, seq_len]")
+        offsets[s] = size
+        size += array.size
+        parts.append(arrays.dense(array).reshape(-1).view(np.uint8))
+    if not parts:
+        return None, None
+    return parts[0] if len(parts) == 1 else np.concatenate(parts), offsets

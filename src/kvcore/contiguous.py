@@ -1,0 +1,133 @@
+"""K and V in plain arrays as the core's blocks, without a copy.
+
+Blocks may overlap, so every token can be taken for the start of a block that reaches to its
+sequence's end and beyond: a sequence is then the one block that starts at its first token. Nothing
+beyond a sequence's length is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from kvcore import arrays, checks
+from kvcore._native.blocks import Blocks, Plan
+from kvcore.attend_options import AttendOptions
+from kvcore.errors import InvalidArgument
+from kvcore.formats import FORMATS
+from kvcore.spec import MAX_HEAD_DIM
+
+#: The format that an array of a dtype is.
+ARRAY_FORMATS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_AXES = {"NHD": (0, 1), "HND": (1, 0), "BSHD": (1, 2), "BHSD": (2, 1)}  # token, head
+_SMALLEST_BLOCK = 16
+
+
+def as_blocks(array: np.ndarray, argument: str, layout: str) -> Blocks:
+    """K or V as one block for each token (ragged), or for each sequence (padded)."""
+    arrays.layout_number(layout)
+    arrays.dtype_number(array, argument)
+    if array.ndim != len(layout) or not array.shape[_AXES[layout][1]]:
+        raise InvalidArgument(
+            f"{argument}: expected {len(layout)} axes as layout {layout} has them, with heads, "
+            f"got shape {list(array.shape)}"
+        )
+    if not array.shape[-1] or array.shape[-1] % 8 or array.shape[-1] > MAX_HEAD_DIM:
+        raise InvalidArgument(
+            f"{argument}: expected a head_dim that is a multiple of 8, at most {MAX_HEAD_DIM}, "
+            f"got {array.shape[-1]}"
+        )
+    row = array.shape[-1] * array.itemsize
+    strides = zip(array.shape[:-1], array.strides[:-1], strict=True)
+    if not arrays.is_readable(array) or any(n > 1 and stride < row for n, stride in strides):
+        array = array.copy(order="C")
+    token, head = _AXES[layout]
+    if not array.shape[token] or not array.shape[0]:  # no token is read, yet blocks have an address
+        shape = [max(n, 1) for n in array.shape]
+        array = np.zeros(shape, array.dtype)
+    size = max(_SMALLEST_BLOCK, 1 << (array.shape[token] - 1).bit_length())
+    block = token if array.ndim == 3 else 0
+    format = FORMATS[ARRAY_FORMATS[array.dtype.name]]
+    view = as_strided(
+        array.view(format.storage_dtype),
+        (array.shape[block], array.shape[head], size, array.shape[-1]),
+        (array.strides[block], array.strides[head], array.strides[token], array.itemsize),
+        writeable=False,
+    )
+    return Blocks(view, format.index)
+
+
+def contiguous_plan(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    query_cut: Any | None,
+    kv_cut: Any | None,
+    layout: str,
+    options: AttendOptions,
+) -> Plan:
+    """The plan over `as_blocks` of k and v; cuts are starts (ragged) or lengths (padded)."""
+    checks.shape(v.shape[:-1], k.shape[:-1], "v", "k.shape[:-1]")
+    if q.ndim != len(layout):
+        raise InvalidArgument(
+            f"q: expected {len(layout)} axes as layout {layout} has them, "
+            f"got shape {list(q.shape)}"
+        )
+    token, _ = _AXES[layout]
+    if len(layout) == 3:
+        starts, firsts, lens = _ragged(q.shape[token], k.shape[token], query_cut, kv_cut)
+    else:
+        checks.shape(k.shape[:1], q.shape[:1], "k", "[S, ...], of which [S]")
+        query_lens = _lengths(query_cut, "query_lens", q.shape[0], q.shape[token])
+        lens = _lengths(kv_cut, "kv_lens", q.shape[0], k.shape[token])
+        starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+        firsts = np.arange(len(lens), dtype=np.int32)
+    short = np.flatnonzero(lens < np.diff(starts)) if options.causal else ()
+    for s in short:
+        if options.mask is None or s >= len(options.mask) or options.mask[s] is None:
+            raise InvalidArgument(
+                f"k: expected at least as many keys as queries for causal sequence {s}, "
+                f"{starts[s + 1] - starts[s]}, got {lens[s]}"
+            )
+    size = max(_SMALLEST_BLOCK, 1 << max(0, int(k.shape[token]) - 1).bit_length())
+    return Plan.from_tables(firsts.reshape(-1, 1), lens, starts, size)
+
+
+def _ragged(
+    num_queries: int, num_keys: int, query_cut: Any | None, kv_cut: Any | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """query_starts, each sequence's first key and its number of keys."""
+    starts = _starts(query_cut, "query_starts", num_queries)
+    if kv_cut is None and len(starts) > 2 and num_keys == num_queries:
+        kv_cut = starts
+    kv_starts = _starts(kv_cut, "kv_starts", num_keys)
+    checks.shape(kv_starts.shape, starts.shape, "kv_starts", "query_starts.shape")
+    lens = np.diff(kv_starts)
+    # An empty sequence may start where the array ends, and no block does.
+    return starts, np.where(lens > 0, kv_starts[:-1], 0).astype(np.int32), lens
+
+
+def _starts(value: Any | None, argument: str, count: int) -> np.ndarray:
+    if value is None:
+        return np.array([0, count], np.int32)
+    starts = arrays.as_index(value, argument, 1)
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != count or (np.diff(starts) < 0).any():
+        raise InvalidArgument(
+            f"{argument}: expected at least one sequence from 0, never falling, to {count}, "
+            f"got {starts}"
+        )
+    return starts
+
+
+def _lengths(value: Any | None, argument: str, count: int, longest: int) -> np.ndarray:
+    if value is None:
+        return np.full(count, longest, np.int32)
+    lengths = arrays.as_index(value, argument, 1)
+    checks.shape(lengths.shape, (count,), argument, "[S]")
+    if lengths.size and (lengths.min() < 0 or lengths.max() > longest):
+        raise InvalidArgument(
+            f"{argument}: expected 0 to {longest}, got {lengths.min()} to {lengths.max()}"
+        )
+    return lengths
