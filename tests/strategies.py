@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 from hypothesis import strategies as st
 
 import kvcore
@@ -107,6 +108,39 @@ def problems(draw, max_context=3000, max_work=40_000_000) -> Problem:
         num_threads=draw(st.integers(1, 4)),
         seed=draw(seeds),
     )
+
+
+#: Every option of attend beside scale; `options` draws from them.
+OPTIONS = ("softcap", "alibi_slopes", "window", "causal", "mask", "positions", "sinks")
+
+
+@st.composite
+def options(draw, problem: Problem) -> dict[str, object]:
+    """Options of attend for a problem, mostly two of them together."""
+    count = draw(st.sampled_from([1, 2, 2, 2, 3, len(OPTIONS)]))
+    chosen = draw(st.permutations(OPTIONS))[:count]
+    rng = np.random.default_rng(draw(seeds))
+    drawn: dict[str, object] = {}
+    if "softcap" in chosen:
+        drawn["softcap"] = draw(st.sampled_from([0.25, 1.0, 30.0, 50.0]))
+    if "alibi_slopes" in chosen:
+        drawn["alibi_slopes"] = rng.uniform(-0.01, 0.1, problem.num_heads)
+    if "window" in chosen:
+        drawn["window"] = draw(st.one_of(st.integers(1, 40), st.integers(1, 4000)))
+    if "causal" in chosen:
+        drawn["causal"] = False
+    if "mask" in chosen:
+        density = draw(st.sampled_from([0.0, 0.01, 0.5, 0.97, 1.0]))
+        shapes = zip(problem.news, problem.lengths, strict=True)
+        drawn["mask"] = [
+            rng.random(shape) < density if draw(st.integers(0, 3)) else None for shape in shapes
+        ]
+    if "positions" in chosen:
+        places = zip(problem.contexts, problem.news, strict=True)
+        drawn["positions"] = np.concatenate([c + rng.integers(0, n, n) for c, n in places])
+    if "sinks" in chosen:
+        drawn["sinks"] = rng.uniform(-4, 4, problem.num_heads).astype("f4")
+    return drawn
 
 
 @st.composite

@@ -66,6 +66,17 @@ def paged_attention(w, **changes):
     )
 
 
+def paged_attention_of_one(w, **changes):
+    """One sequence of T new tokens, as in the open step."""
+    books = {"block_tables": [[2]], "seq_lens": [T], "query_starts": [0, T]}
+    return paged_attention(w, **books, **changes)
+
+
+def padded_attention(w, **changes):
+    arguments = {"q": w.q[None], "k": w.k[None], "v": w.v[None], "layout": "BSHD", **changes}
+    return ops.attention(**arguments)
+
+
 def read_only(array):
     array = array.copy()
     array.flags.writeable = False
@@ -272,6 +283,86 @@ BAD = [
     (ARGUMENT, "query_starts", lambda w: paged_attention(w, query_starts=[0, 0, 0])),
     (ARGUMENT, "k_blocks", lambda w: paged_attention(
         w, q=zeros(T, 4, 12), k_blocks=zeros(4, 2, 16, 12))),
+    # The options of attend, through both doors
+    *[
+        (error, argument, lambda w, call=call, o=options: call(w, **o))
+        for call in (attend, paged_attention_of_one)
+        for error, argument, options in [
+            (ARGUMENT, "softcap", {"softcap": 0}),
+            (ARGUMENT, "softcap", {"softcap": -1.0}),
+            (ARGUMENT, "softcap", {"softcap": np.nan}),
+            (ARGUMENT, "softcap", {"softcap": np.inf}),
+            (ARGUMENT, "softcap", {"softcap": 1e-60}),
+            (TYPE, "softcap", {"softcap": "30"}),
+            (TYPE, "softcap", {"softcap": True}),
+            (ARGUMENT, "window", {"window": 0}),
+            (ARGUMENT, "window", {"window": -1}),
+            (ARGUMENT, "window", {"window": HUGE}),
+            (TYPE, "window", {"window": 2.0}),
+            (TYPE, "window", {"window": (4, 0)}),
+            (TYPE, "causal", {"causal": None}),
+            (TYPE, "causal", {"causal": 1}),
+            (ARGUMENT, "alibi_slopes", {"alibi_slopes": zeros(3)}),
+            (ARGUMENT, "alibi_slopes", {"alibi_slopes": zeros(1, 4)}),
+            (ARGUMENT, "alibi_slopes", {"alibi_slopes": [0, 0, np.nan, 0]}),
+            (ARGUMENT, "alibi_slopes", {"alibi_slopes": [0, 0, 1e300, 0]}),
+            (TYPE, "alibi_slopes", {"alibi_slopes": 0.5}),
+            (TYPE, "alibi_slopes", {"alibi_slopes": zeros(4, dtype="c8")}),
+            (ARGUMENT, "sinks", {"sinks": zeros(2)}),
+            (ARGUMENT, "sinks", {"sinks": [np.inf, 0, 0, 0]}),
+            (ARGUMENT, "sinks", {"sinks": [[0], [0, 1]]}),
+            (TYPE, "sinks", {"sinks": "none"}),
+            (ARGUMENT, "positions", {"positions": [0, 1, 2]}),
+            (ARGUMENT, "positions", {"positions": [0, 1, 2, 3, -1]}),
+            (ARGUMENT, "positions", {"positions": [0, 1, 2, 3, HUGE]}),
+            (ARGUMENT, "positions", {"positions": zeros(T)}),
+            (TYPE, "positions", {"positions": 7}),
+            (ARGUMENT, "mask", {"mask": []}),
+            (ARGUMENT, "mask", {"mask": [None, None]}),
+            (ARGUMENT, "mask[0]", {"mask": [np.ones((T, T + 1), bool)]}),
+            (ARGUMENT, "mask[0]", {"mask": [np.ones(T * T, bool)]}),
+            (TYPE, "mask[0]", {"mask": [np.ones((T, T), np.uint8)]}),
+            (TYPE, "mask[0]", {"mask": [True]}),
+            (TYPE, "mask", {"mask": True}),
+        ]
+    ],
+    # ops.attention
+    (ARGUMENT, "q", lambda w: ops.attention(w.q[:, :3], w.k, w.v)),
+    (ARGUMENT, "q", lambda w: ops.attention(w.q[0], w.k, w.v)),
+    (ARGUMENT, "q", lambda w: ops.attention(w.q[..., :8], w.k, w.v)),
+    (TYPE, "q", lambda w: ops.attention(w.q.astype("f8"), w.k, w.v)),
+    (ARGUMENT, "k", lambda w: ops.attention(w.q, w.k[0], w.v)),
+    (ARGUMENT, "k", lambda w: ops.attention(w.q, w.k[:, :0], w.v[:, :0])),
+    (ARGUMENT, "k", lambda w: ops.attention(w.q[..., :12], w.k[..., :12], w.v)),
+    (ARGUMENT, "k", lambda w: ops.attention(w.q, w.k[:4], w.v[:4])),
+    (TYPE, "k", lambda w: ops.attention(w.q, w.k.astype("i4"), w.v)),
+    (TYPE, "k", lambda w: ops.attention(w.q, None, w.v)),
+    (ARGUMENT, "v", lambda w: ops.attention(w.q, w.k, w.v[:4])),
+    (ARGUMENT, "v", lambda w: ops.attention(w.q, w.k, w.v[..., :0])),
+    (TYPE, "v", lambda w: ops.attention(w.q, w.k, w.v.astype("f8"))),
+    (ARGUMENT, "layout", lambda w: ops.attention(w.q, w.k, w.v, layout="THD")),
+    (ARGUMENT, "layout", lambda w: ops.attention(w.q, w.k, w.v, layout=None)),
+    (ARGUMENT, "query_starts", lambda w: ops.attention(w.q, w.k, w.v, query_starts=[0, 4])),
+    (ARGUMENT, "query_starts", lambda w: ops.attention(w.q, w.k, w.v, query_starts=[0, 6, 5])),
+    (ARGUMENT, "query_starts", lambda w: ops.attention(w.q, w.k, w.v, query_starts=[1, 5])),
+    (ARGUMENT, "query_starts", lambda w: ops.attention(w.q, w.k, w.v, query_starts=[5])),
+    (ARGUMENT, "query_starts", lambda w: ops.attention(w.q, w.k, w.v, query_starts=[0, 5.0])),
+    (ARGUMENT, "kv_starts", lambda w: ops.attention(w.q, w.k, w.v, kv_starts=[0, 6])),
+    (ARGUMENT, "kv_starts", lambda w: ops.attention(w.q, w.k, w.v, kv_starts=[0, 2, 5])),
+    (ARGUMENT, "query_lens", lambda w: ops.attention(w.q, w.k, w.v, query_lens=[5])),
+    (ARGUMENT, "kv_lens", lambda w: ops.attention(w.q, w.k, w.v, kv_lens=[5])),
+    (ARGUMENT, "query_starts", lambda w: padded_attention(w, query_starts=[0, 5])),
+    (ARGUMENT, "kv_starts", lambda w: padded_attention(w, kv_starts=[0, 5])),
+    (ARGUMENT, "query_lens", lambda w: padded_attention(w, query_lens=[6])),
+    (ARGUMENT, "query_lens", lambda w: padded_attention(w, query_lens=[3, 2])),
+    (ARGUMENT, "kv_lens", lambda w: padded_attention(w, kv_lens=[-1])),
+    (ARGUMENT, "k", lambda w: padded_attention(w, kv_lens=[3])),
+    (ARGUMENT, "k", lambda w: padded_attention(w, q=zeros(2, T, 4, 16))),
+    (ARGUMENT, "q", lambda w: padded_attention(w, q=w.q)),
+    (ARGUMENT, "softcap", lambda w: ops.attention(w.q, w.k, w.v, softcap=0)),
+    (ARGUMENT, "mask[0]", lambda w: ops.attention(w.q, w.k, w.v, mask=[w.k[0] > 0])),
+    (TYPE, "out", lambda w: ops.attention(w.q, w.k, w.v, out=w.q.tolist())),
+    (ARGUMENT, "out", lambda w: ops.attention(w.q, w.k, w.v, out=zeros(T, 4, 16))),
     # ops.merge_states
     (ARGUMENT, "outs", lambda w: ops.merge_states(zeros(8), zeros())),
     (ARGUMENT, "outs", lambda w: ops.merge_states(zeros(0, 3, 8), zeros(0, 3))),

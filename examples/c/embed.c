@@ -107,7 +107,7 @@ int main(void) {
         CHECK(kv_step_mark_appended(step, 0));
 
         kv_rows q_rows = make_rows(&plan, Q, QUERY_HEADS, q), out_rows = q_rows;
-        kv_attend_options options = {sizeof(options), 1.0f / sqrtf(DIM), 0};
+        kv_attend_options options = {.struct_size = sizeof(options), .scale = 1.0f / sqrtf(DIM)};
         out_rows.data = out;
         CHECK(kv_attend(&plan, &q_rows, &blocks[K], &blocks[V], &options, &out_rows, NULL));
         error = fmax(error, max_error(&plan, out));

@@ -161,7 +161,9 @@ def from_list(value: Any, argument: str) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError:
-        raise InvalidArgument(f"{argument}: expected a regular array, got lists of unequal length") from None
+        raise InvalidArgument(
+            f"{argument}: expected a regular array, got lists of unequal length"
+        ) from None
 
 
 def as_token_ids(value: Any, argument: str) -> np.ndarray:

@@ -63,6 +63,16 @@ class AttendOptions:
         if not isinstance(self.causal, bool | np.bool_):
             raise InvalidType(f"causal: expected a bool, got {type(self.causal).__name__}")
 
+        if self.mask is not None and not isinstance(self.mask, Sequence | np.ndarray):
+            raise InvalidType(
+                "mask: expected a list with a boolean array or None for each sequence, "
+                f"got {type(self.mask).__name__}"
+            )
+
+    def masks(self, s: int) -> bool:
+        """Whether sequence s has a mask."""
+        return self.mask is not None and s < len(self.mask) and self.mask[s] is not None
+
     def scale_for(self, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim) if self.scale is None else float(self.scale)
 
@@ -70,7 +80,7 @@ class AttendOptions:
 def _check_number(value: Any, argument: str, expected: str, low: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidType(f"{argument}: expected a number, got {type(value).__name__}")
-    if not low <= value <= MAX_FLOAT:
+    if not low <= float(value) <= MAX_FLOAT:
         raise InvalidArgument(f"{argument}: expected {expected}, got {value}")
 
 
@@ -100,15 +110,11 @@ def token_positions(value: Any | None, num_tokens: int) -> np.ndarray | None:
     return result
 
 
-def packed_mask(value: Any | None, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
+def packed_mask(value: Sequence[Any] | None, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
     """All masks as one uint8 array, and int64 [S]: where each starts, -1 for none."""
     if value is None:
         return None, None
     count = plan.num_sequences
-    if not isinstance(value, Sequence | np.ndarray):
-        raise InvalidType(
-            f"mask: expected a list of boolean arrays or None, got {type(value).__name__}"
-        )
     if len(value) != count:
         raise InvalidArgument(f"mask: expected {count} entries [S], got {len(value)}")
     offsets = np.full(count, -1, np.int64)

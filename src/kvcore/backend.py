@@ -22,6 +22,7 @@ __all__ = [
     "known_backends",
 ]
 
+
 class Storage(Protocol):
     """A backend's memory for all blocks of a cache."""
 

@@ -72,8 +72,7 @@ def contiguous_plan(
     checks.shape(v.shape[:-1], k.shape[:-1], "v", "k.shape[:-1]")
     if q.ndim != len(layout):
         raise InvalidArgument(
-            f"q: expected {len(layout)} axes as layout {layout} has them, "
-            f"got shape {list(q.shape)}"
+            f"q: expected {len(layout)} axes as layout {layout} has them, got shape {list(q.shape)}"
         )
     token, _ = _AXES[layout]
     if len(layout) == 3:
@@ -84,9 +83,8 @@ def contiguous_plan(
         lens = _lengths(kv_cut, "kv_lens", q.shape[0], k.shape[token])
         starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
         firsts = np.arange(len(lens), dtype=np.int32)
-    short = np.flatnonzero(lens < np.diff(starts)) if options.causal else ()
-    for s in short:
-        if options.mask is None or s >= len(options.mask) or options.mask[s] is None:
+    for s in np.flatnonzero(lens < np.diff(starts)).tolist():
+        if options.causal and not options.masks(s):
             raise InvalidArgument(
                 f"k: expected at least as many keys as queries for causal sequence {s}, "
                 f"{starts[s + 1] - starts[s]}, got {lens[s]}"

@@ -143,8 +143,8 @@ def attention(
             [S, Hq, n, D] with "BHSD". float32, float16 or bfloat16.
         k, v: [M, H, D] and [M, H, Dv] in the same layout, each of any of these dtypes; m may
             differ from n. Hq is a multiple of H.
-        query_starts: int32 [S + 1], where each sequence's queries start; one sequence when left out.
-        kv_starts: int32 [S + 1], likewise for k and v; query_starts when left out and T = M, or
+        query_starts: int32 [S + 1], where each sequence's queries start; one sequence by default.
+        kv_starts: int32 [S + 1], likewise for k and v; query_starts by default where M = T, or else
             one sequence.
         query_lens, kv_lens: int32 [S], the rows of each padded sequence; all when left out. Padding
             is not read.

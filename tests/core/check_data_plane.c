@@ -165,7 +165,7 @@ static void run_attend(problem *p) {
                         .query_starts = p->starts,
                         .seq_lens = p->lengths,
                         .block_rows = (const int32_t *const *)p->block_rows};
-    const kv_attend_options options = {sizeof(options), p->scale, 0};
+    const kv_attend_options options = {.struct_size = sizeof(options), .scale = p->scale};
     CHECK(kv_attend(&p->plan, &p->q, &p->k, &p->v, &options, &p->out, p->lse) == KV_OK,
           "kv_attend");
 }

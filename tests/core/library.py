@@ -69,7 +69,20 @@ class Plan(ct.Structure):
 
 
 class AttendOptions(ct.Structure):
-    _fields_ = [("struct_size", ct.c_size_t), ("scale", ct.c_float), ("exact", i32)]
+    _fields_ = [
+        ("struct_size", ct.c_size_t),
+        ("scale", ct.c_float),
+        ("exact", i32),
+        ("non_causal", i32),
+        ("window", i32),
+        ("softcap", ct.c_float),
+        ("alibi_slopes", ptr),
+        ("positions", ptr),
+        ("mask", ptr),
+        ("mask_size", i64),
+        ("mask_offsets", ptr),
+        ("sinks", ptr),
+    ]
 
 
 def _find_library() -> str:
@@ -211,8 +224,13 @@ def attend(
     scale: float,
     out: np.ndarray,
     lse: np.ndarray | None = None,
+    struct_size: int = ct.sizeof(AttendOptions),
+    **given: float | np.ndarray,
 ) -> int:
-    options = AttendOptions(ct.sizeof(AttendOptions), scale, 0)
+    """`given` are fields of AttendOptions, pointers as the arrays that they point to."""
+    options = AttendOptions(struct_size, scale, 0)
+    for name, value in given.items():
+        setattr(options, name, address(value) if isinstance(value, np.ndarray) else value)
     return lib.kv_attend(
         step.plan, rows_of(q), blocks_of(k), blocks_of(v), options, rows_of(out), address(lse)
     )

@@ -278,6 +278,68 @@ def test_bad_options() -> None:
         )
 
 
+F32, I32, I64, U8 = (np.dtype(name) for name in ("f4", "i4", "i8", "u1"))
+
+
+def offsets_of(*values: int) -> np.ndarray:
+    return np.array(values, I64)
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ({"window": -1}, VALUE),
+        ({"softcap": -1.0}, VALUE),
+        ({"softcap": float("nan")}, VALUE),
+        ({"softcap": float("inf")}, VALUE),
+        ({"alibi_slopes": np.array([1, np.nan], F32)}, VALUE),
+        ({"sinks": np.array([np.inf, 1], F32)}, VALUE),
+        ({"positions": np.array([0, -1], I32)}, RANGE),
+        ({"mask": np.ones(4, U8), "mask_size": 4}, NULL),
+        ({"mask": np.ones(4, U8), "mask_size": -1, "mask_offsets": offsets_of(0)}, VALUE),
+        ({"mask": np.ones(4, U8), "mask_size": 3, "mask_offsets": offsets_of(0)}, RANGE),
+        ({"mask": np.ones(4, U8), "mask_size": 4, "mask_offsets": offsets_of(1)}, RANGE),
+        ({"mask": np.ones(4, U8), "mask_size": 4, "mask_offsets": offsets_of(-2)}, RANGE),
+        ({"mask": np.ones(4, U8), "mask_size": 4, "mask_offsets": offsets_of(2**62)}, RANGE),
+        ({"mask": np.ones(4, U8), "mask_size": 4, "mask_offsets": offsets_of(0)}, OK),
+        ({"mask": np.ones(4, U8), "mask_size": 0, "mask_offsets": offsets_of(-1)}, OK),
+    ],
+    ids=str,
+)
+def test_options_are_checked(given: dict[str, float | np.ndarray], status: int) -> None:
+    array, rows = good_blocks(), np.ones((2, 2, 8), np.float32)
+    step = Step(16, [2], [2], [[0]])
+    out = np.full((2, 2, 8), 3, np.float32)
+    assert attend(step, rows, array, array, 1.0, out, **given) == status
+    assert (out == 3).all() == (status != OK)
+
+
+def test_options_of_an_older_caller_are_off() -> None:
+    """A struct that ends earlier: what lies behind its end is not looked at."""
+    array, rows = good_blocks(), np.ones((2, 2, 8), np.float32)
+    array[0, :, :2] = np.arange(16).reshape(2, 8) / 16
+    step = Step(16, [2], [2], [[0]])
+    plain, old, new = (np.empty((2, 2, 8), np.float32) for _ in range(3))
+    sinks = np.ones(2, np.float32)
+    assert attend(step, rows, array, array, 1.0, plain) == OK
+    assert attend(step, rows, array, array, 1.0, old, struct_size=16, window=1, sinks=sinks) == OK
+    assert attend(step, rows, array, array, 1.0, new, window=1, sinks=sinks) == OK
+    assert old.tobytes() == plain.tobytes() != new.tobytes()
+
+
+def test_fewer_keys_than_queries_only_without_causality() -> None:
+    array, rows = good_blocks(), np.ones((2, 2, 8), np.float32)
+    out = np.full((2, 2, 8), 3, np.float32)
+    for length, row in ((1, [0]), (0, [])):
+        step = Step(16, [2], [length], [row])
+        assert attend(step, rows, array, array, 1.0, out) == RANGE
+        assert (out == 3).all()
+    assert attend(Step(16, [2], [0], [[]]), rows, array, array, 1.0, out, non_causal=1) == OK
+    assert (out == 0).all()
+    step = Step(16, [2], [-1], [[0]])
+    assert attend(step, rows, array, array, 1.0, out, non_causal=1) == RANGE
+
+
 def test_nothing_to_do() -> None:
     array = good_blocks()
     rows = np.zeros((0, 2, 8), np.float32)

@@ -43,9 +43,9 @@ typedef struct attend_call {
 typedef struct tile {
     float *q, *scores, *decoded;
     kv_partial state, partial;
-    kv_span spans[KV_TILE_ROWS];          /* what a row sees in all */
-    const uint8_t *masks[KV_TILE_ROWS];   /* ... and of that, where not NULL */
-    int32_t visible[KV_TILE_ROWS];        /* the end of what it sees in the split at hand */
+    kv_span spans[KV_TILE_ROWS];        /* what a row sees in all */
+    const uint8_t *masks[KV_TILE_ROWS]; /* ... and of that, where not NULL */
+    int32_t visible[KV_TILE_ROWS];      /* the end of what it sees in the split at hand */
     uint32_t seen[KV_TILE_ROWS][KV_SPLIT_WORDS];
     float slopes[KV_TILE_ROWS], distances[KV_TILE_ROWS];
     int64_t positions[KV_TILE_ROWS];

@@ -40,9 +40,9 @@ static kv_status check_option_arrays(const kv_plan *plan, const kv_attend_option
     for (int32_t s = 0; options->mask && s < plan->num_sequences; s++) {
         const int64_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
         const int64_t offset = options->mask_offsets[s];
-        if (offset < -1 || (offset >= 0 && (offset > options->mask_size ||
-                                            num_new * plan->seq_lens[s] >
-                                                options->mask_size - offset)))
+        if (offset < -1 ||
+            (offset >= 0 && (offset > options->mask_size ||
+                             num_new * plan->seq_lens[s] > options->mask_size - offset)))
             return KV_ERR_RANGE;
     }
     return KV_OK;
@@ -89,8 +89,8 @@ static kv_status check_shapes(const kv_plan *plan, const kv_rows *q, const kv_bl
 }
 
 kv_status kv_check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
-                          const kv_blocks *v, const kv_attend_options *options,
-                          const kv_rows *out, kv_attend_options *known) {
+                          const kv_blocks *v, const kv_attend_options *options, const kv_rows *out,
+                          kv_attend_options *known) {
     kv_status status;
     if (!plan || !q || !out)
         return KV_ERR_NULL;

@@ -23,29 +23,6 @@ KV_INLINE void kv_prefetch_rows(kv_ahead ahead, int32_t begin, int32_t end) {
             kv_prefetch(ahead.run->rows + t * ahead.run->stride + b);
 }
 
-/* ---- what rows see --------------------------------------------------------------------------- */
-
-/* The bits of a run of `count` tokens, from token `start` of the split on, that a row sees. */
-KV_INLINE uint32_t kv_seen_bits(const kv_split_task *task, int32_t row, int32_t start,
-                                int32_t count) {
-    const uint32_t word = task->seen[row * KV_SPLIT_WORDS + start / 32] >> (start % 32);
-    return word & (UINT32_MAX >> (32 - count));
-}
-
-/* ... that at least one of num_rows rows sees. */
-KV_INLINE uint32_t kv_seen_by_any(const kv_split_task *task, int32_t row, int num_rows,
-                                  int32_t start, int32_t count) {
-    uint32_t any = 0;
-    for (int r = 0; r < num_rows; r++)
-        any |= kv_seen_bits(task, row + r, start, count);
-    return any;
-}
-
-/* Whether no row sees anything of a run, which then is not read. */
-KV_INLINE int kv_is_unseen(const kv_split_task *task, int32_t start, int32_t count) {
-    return task->seen && !kv_seen_by_any(task, 0, task->num_rows, start, count);
-}
-
 /* ---- scores ---------------------------------------------------------------------------------- */
 
 /* One vector of dims of num_rows queries and num_tokens keys: sum[r * num_tokens + t] += q_r k_t. */
@@ -101,22 +78,14 @@ KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, i
                (size_t)num_tokens * sizeof(float));
 }
 
-/* Scores of the rows [row, row + num_rows) over the part of a run, starting at token `start` of the
- * split, that one of these rows sees. What lies between and is not seen may get a score too. */
+/* Scores of the rows [row, row + num_rows) over the part of a run that starts at token `start` of
+ * the split and that the last of these rows sees. */
 KV_INLINE void kv_score_group(const kv_split_task *task, kv_format format, const kv_run *run,
                               int32_t start, int32_t row, int num_rows, kv_ahead ahead) {
     const int num_tokens = kv_tokens_at_once(num_rows);
     const int32_t seen = task->visible[row + num_rows - 1] - start;
-    int32_t count = seen < run->count ? seen : run->count, first = 0;
-    if (task->seen) {
-        const uint32_t any = kv_seen_by_any(task, row, num_rows, start, run->count);
-        if (!any)
-            return;
-        /* Rounded down, so that no store passes the end of the scratch row. */
-        first = __builtin_ctz(any) & -num_tokens;
-        count = 32 - __builtin_clz(any);
-    }
-    for (int32_t t = first; t < count; t += num_tokens) {
+    const int32_t count = seen < run->count ? seen : run->count;
+    for (int32_t t = 0; t < count; t += num_tokens) {
         kv_prefetch_rows(ahead, t, t + num_tokens);
         kv_score_tokens(format, num_rows, task->q + (int64_t)row * task->q_width, task->q_width,
                         run, t, count, task->head_dim,
@@ -201,44 +170,12 @@ KV_INLINE void kv_value_tokens(kv_format format, int num_rows, const float *p, c
         kv_value_tile(format, num_rows, 1, p, run, begin, end, d, head_dim - d, o, o_width, ahead);
 }
 
-/* The group's rows where any may miss any token: stretches that the same rows see, in order, together
- * where all rows see one and row by row elsewhere. */
-KV_INLINE void kv_value_seen(const kv_split_task *task, kv_format format, const kv_run *run,
-                             int32_t start, int32_t row, int num_rows) {
-    const float *p = task->scores + (int64_t)row * KV_SPLIT + start;
-    float *o = task->out.o + (int64_t)row * task->o_width;
-    const kv_ahead none = {NULL, 0};
-    uint32_t seen[4], changes = 0, all = UINT32_MAX;
-    for (int r = 0; r < num_rows; r++) {
-        seen[r] = kv_seen_bits(task, row + r, start, run->count);
-        changes |= seen[r] ^ seen[r] >> 1;
-        all &= seen[r];
-    }
-    for (int32_t begin = 0, end; begin < run->count; begin = end) {
-        const uint32_t left = changes >> begin;
-        end = left ? begin + __builtin_ctz(left) + 1 : run->count;
-        if (all >> begin & 1) {
-            kv_value_tokens(format, num_rows, p, run, begin, end, task->head_dim_v, o,
-                            task->o_width, none);
-            continue;
-        }
-        for (int r = 0; r < num_rows; r++)
-            if (seen[r] >> begin & 1)
-                kv_value_tokens(format, 1, p + r * KV_SPLIT, run, begin, end, task->head_dim_v,
-                                o + r * task->o_width, task->o_width, none);
-    }
-}
-
 /* The tokens that all rows of the group see go through together, the rest row by row. */
 KV_INLINE void kv_value_group(const kv_split_task *task, kv_format format, const kv_run *run,
                               int32_t start, int32_t row, int num_rows, kv_ahead ahead) {
     const int32_t *visible = task->visible + row;
     const float *p = task->scores + (int64_t)row * KV_SPLIT + start;
     float *o = task->out.o + (int64_t)row * task->o_width;
-    if (task->seen) {
-        kv_value_seen(task, format, run, start, row, num_rows);
-        return;
-    }
     int32_t common = visible[0] - start;
     common = common < 0 ? 0 : common < run->count ? common : run->count;
     kv_value_tokens(format, num_rows, p, run, 0, common, task->head_dim_v, o, task->o_width, ahead);
@@ -302,14 +239,10 @@ KV_INLINE kv_run kv_decode_run(const kv_split_task *task, kv_format format, cons
 static void kv_score_split(const kv_split_task *task) {
     const int32_t distance = kv_ahead_distance(task);
     const int decode = task->k_format != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;
-    int32_t start = task->runs->start;
+    int32_t start = 0;
     for (int32_t i = 0; i < task->runs->num_runs; i++) {
         const kv_run *run = &task->runs->k[i];
         const kv_ahead ahead = kv_run_ahead(task, i + distance);
-        if (kv_is_unseen(task, start, run->count)) {
-            start += run->count;
-            continue;
-        }
         if (decode) {
             const kv_run decoded =
                 kv_decode_run(task, task->k_format, run, task->head_dim, task->q_width);
@@ -328,15 +261,11 @@ static void kv_score_split(const kv_split_task *task) {
 static void kv_value_split(const kv_split_task *task) {
     const int32_t distance = kv_ahead_distance(task), n = task->runs->num_runs;
     const int decode = task->v_format != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;
-    int32_t start = task->runs->start;
+    int32_t start = 0;
     memset(task->out.o, 0, (size_t)task->num_rows * (size_t)task->o_width * sizeof(float));
     for (int32_t i = 0; i < n; i++) {
         const kv_run *run = &task->runs->v[i];
         const kv_ahead ahead = kv_run_ahead(task, n + i + distance);
-        if (kv_is_unseen(task, start, run->count)) {
-            start += run->count;
-            continue;
-        }
         if (decode) {
             const kv_run decoded =
                 kv_decode_run(task, task->v_format, run, task->head_dim_v, task->o_width);
@@ -350,47 +279,4 @@ static void kv_value_split(const kv_split_task *task) {
         }
         start += run->count;
     }
-}
-
-/* What options do to the scores that a row has, up to where it sees the last. */
-static void kv_adjust_row(const kv_split_task *task, int32_t r) {
-    float *scores = task->scores + (int64_t)r * KV_SPLIT;
-    const int32_t count = task->visible[r];
-    float ramp[KV_LANES];
-    for (int l = 0; l < KV_LANES; l++)
-        ramp[l] = (float)l;
-    if (task->softcap > 0.0f) {
-        const kv_vec cap = kv_broadcast(task->softcap);
-        for (int32_t j = 0; j < count; j += KV_LANES)
-            kv_store(scores + j, kv_mul(cap, kv_tanh(kv_div(kv_load(scores + j), cap))));
-    }
-    if (task->slopes) {
-        const kv_vec slope = kv_broadcast(-task->slopes[r]);
-        for (int32_t j = 0; j < count; j += KV_LANES) {
-            const kv_vec token = kv_add(kv_broadcast((float)j), kv_load(ramp));
-            const kv_vec distance = kv_sub(kv_broadcast(task->distances[r]), token);
-            kv_store(scores + j, kv_fma(slope, distance, kv_load(scores + j)));
-        }
-    }
-    /* Last, as what is unseen may hold anything up to here. */
-    if (task->seen)
-        for (int32_t j = 0; j < count; j++)
-            if (!(task->seen[r * KV_SPLIT_WORDS + j / 32] >> (j % 32) & 1))
-                scores[j] = -INFINITY;
-}
-
-static void kv_attend_split(const kv_split_task *task) {
-    const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
-    kv_score_split(task);
-    for (int32_t r = 0; r < task->num_rows; r++) {
-        task->out.m[r] = -INFINITY;
-        task->out.l[r] = 0.0f;
-        if (task->visible[r] <= 0)
-            continue;
-        if (adjusts)
-            kv_adjust_row(task, r);
-        kv_softmax_row(task->scores + (int64_t)r * KV_SPLIT, task->visible[r], task->out.m + r,
-                       task->out.l + r);
-    }
-    kv_value_split(task);
 }

@@ -8,6 +8,8 @@
 
 #include "attend_kernel.h"
 
+#include "seen_kernel.h"
+
 #include "linear_kernel.h"
 
 #define KV_KERNEL_TABLE(name)                 \

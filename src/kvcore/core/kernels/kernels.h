@@ -5,7 +5,7 @@
 #include "kvcore.h"
 
 enum {
-    KV_SPLIT = 256,    /* tokens of a split: docs/numerics.md */
+    KV_SPLIT = 256, /* tokens of a split: docs/numerics.md */
     KV_SPLIT_WORDS = KV_SPLIT / 32,
     KV_RUN = 32,       /* most tokens that a kernel takes from one block at a time */
     KV_MAX_RUNS = 16,  /* runs of a split: the smallest block has 16 tokens */
@@ -40,9 +40,9 @@ typedef struct kv_split_task {
     int32_t num_rows, q_width, o_width;
     const int32_t *visible; /* [num_rows] where what a row sees of the split ends; without `seen`
                                it sees all before, and `visible` never decreases */
-    const uint32_t *seen;   /* [num_rows, KV_SPLIT_WORDS] bits of the tokens that it sees, or NULL */
-    float softcap;          /* 0: off */
-    const float *slopes;    /* [num_rows] s -= slope * (distance - token of the split), or NULL */
+    const uint32_t *seen; /* [num_rows, KV_SPLIT_WORDS] bits of the tokens that it sees, or NULL */
+    float softcap;        /* 0: off */
+    const float *slopes;  /* [num_rows] s -= slope * (distance - token of the split), or NULL */
     const float *distances; /* [num_rows] the query's position less the split's first token's */
     kv_format k_format, v_format;
     int32_t head_dim, head_dim_v;

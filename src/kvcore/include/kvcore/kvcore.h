@@ -259,14 +259,14 @@ KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int3
  * its token stands in its sequence, counted from 0; j is where a key's token stands. */
 typedef struct kv_attend_options {
     size_t struct_size;
-    float scale;        /* s = (q . k) * scale */
-    int32_t exact;      /* non-zero: never take a path whose bits depend on how a prompt was chunked */
-    int32_t non_causal; /* non-zero: a sequence's tokens all see all of it */
-    int32_t window;     /* only keys with i - window < j <= i are seen; 0: off */
-    float softcap;      /* s = softcap * tanh(s / softcap); 0: off */
-    const float *alibi_slopes;   /* [Hq] s -= slope * (i - j) */
-    const int32_t *positions;    /* [T], from 0: for alibi_slopes and window */
-    const uint8_t *mask;         /* mask_size bytes, 0: not seen */
+    float scale;   /* s = (q . k) * scale */
+    int32_t exact; /* non-zero: never take a path whose bits depend on how a prompt was chunked */
+    int32_t non_causal;        /* non-zero: a sequence's tokens all see all of it */
+    int32_t window;            /* only keys with i - window < j <= i are seen; 0: off */
+    float softcap;             /* s = softcap * tanh(s / softcap); 0: off */
+    const float *alibi_slopes; /* [Hq] s -= slope * (i - j) */
+    const int32_t *positions;  /* [T], from 0: for alibi_slopes and window */
+    const uint8_t *mask;       /* mask_size bytes, 0: not seen */
     int64_t mask_size;
     const int64_t *mask_offsets; /* [S] where the dense [new tokens, seq_len] mask of a sequence
                                     starts, which stands instead of causality; -1: it has none */
