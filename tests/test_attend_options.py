@@ -200,8 +200,8 @@ class TestBits:
     def test_chunks(self, isa, names):
         world = World()
         given = world.given(*names)
-        if not given.get("causal", True) and "mask" not in given:
-            pytest.skip("what a token sees depends on the step when nothing hides later tokens")
+        if "mask" not in given:  # else what a token sees would depend on its step
+            given.pop("causal", None)
         k, v = world.texts[0]
         context, end = world.contexts[0], world.lengths[0]
         q, own = world.q[: world.news[0]], of_sequence(given, 0, [0, world.news[0]])
@@ -290,7 +290,7 @@ def test_tanh(isa):
         )
     exact = np.tanh(x.astype(np.float64))
     error = np.abs(lse[:, 0] - exact)
-    assert (error <= 2.0**-21.5 * np.abs(exact) + 2.0**-149).all()
+    assert (error <= 2.0**-22 * np.abs(exact) + 2.0**-149).all()
     assert (np.abs(lse) <= 1).all()
 
 

@@ -23,7 +23,8 @@ MIN_SOFTCAP = 2.0**-126
 MAX_INT32 = 2**31 - 1
 
 
-@dataclass(frozen=True)
+# Not frozen, which would cost every call a microsecond.
+@dataclass(slots=True)
 class AttendOptions:
     """How a call of attend computes, in the order in which the options act.
 
@@ -60,7 +61,7 @@ class AttendOptions:
             _check_number(self.softcap, "softcap", "a finite float32 above 0", MIN_SOFTCAP)
         if self.window is not None:
             checks.integer(self.window, "window", 1, MAX_INT32)
-        if not isinstance(self.causal, bool | np.bool_):
+        if self.causal is not True and not isinstance(self.causal, (bool, np.bool_)):
             raise InvalidType(f"causal: expected a bool, got {type(self.causal).__name__}")
 
         if self.mask is not None and not isinstance(self.mask, Sequence | np.ndarray):
@@ -69,7 +70,7 @@ class AttendOptions:
                 f"got {type(self.mask).__name__}"
             )
 
-    def masks(self, s: int) -> bool:
+    def has_mask(self, s: int) -> bool:
         """Whether sequence s has a mask."""
         return self.mask is not None and s < len(self.mask) and self.mask[s] is not None
 
@@ -110,7 +111,9 @@ def token_positions(value: Any | None, num_tokens: int) -> np.ndarray | None:
     return result
 
 
-def packed_mask(value: Sequence[Any] | None, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
+def packed_mask(
+    value: Sequence[Any] | None, plan: Plan
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """All masks as one uint8 array, and int64 [S]: where each starts, -1 for none."""
     if value is None:
         return None, None

@@ -84,7 +84,7 @@ def contiguous_plan(
         starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
         firsts = np.arange(len(lens), dtype=np.int32)
     for s in np.flatnonzero(lens < np.diff(starts)).tolist():
-        if options.causal and not options.masks(s):
+        if options.causal and not options.has_mask(s):
             raise InvalidArgument(
                 f"k: expected at least as many keys as queries for causal sequence {s}, "
                 f"{starts[s + 1] - starts[s]}, got {lens[s]}"
