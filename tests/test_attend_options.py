@@ -295,27 +295,27 @@ def test_tanh(isa):
 
 
 def test_a_window_reads_what_it_sees_and_no_more():
-    """A decode step's time with a window does not grow with the context."""
+    """The time of a decode step with a window does not grow with the context."""
     import time
 
-    cache = make_cache(80, head_dim=128, block_size=1024, poisoned=False)
+    cache = make_cache(250, num_kv_heads=1, head_dim=8, block_size=4096, poisoned=False)
     rng = np.random.default_rng(0)
     times = []
     with machine(None, 1):
-        for length in (600, 60_000):
+        for length in (600, 1_000_000):
             a = cache.sequence()
             with cache.step([(a, length)]) as step:
                 step.append(0, *random_kv(rng, length, cache.spec.layers[0]))
             best = np.inf
             with cache.step([(a, 1)]) as step:
                 step.append(0, *random_kv(rng, 1, cache.spec.layers[0]))
-                q = random_q(rng, 1, 8, 128)
+                q = random_q(rng, 1, 1, 8)
                 for _ in range(30):
                     start = time.perf_counter()
                     step.attend(0, q, window=500)
                     best = min(best, time.perf_counter() - start)
             times.append(best)
-    assert times[1] < 5 * times[0]  # a hundred times the context
+    assert times[1] < 5 * times[0]  # a thousand times the context and more
 
 
 class TestContiguous:
