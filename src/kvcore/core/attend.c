@@ -32,6 +32,7 @@ typedef struct attend_call {
     kv_bound *bounds;
     kv_cut *cuts;
     int64_t num_units, slot_rows;
+    int32_t tile_rows; /* of the unit that has the most */
     int32_t num_parts, num_cuts, num_join_parts;
 
     float *slots;  /* [slot_rows] o, then m, then l */
@@ -61,16 +62,17 @@ static int64_t round_up(int64_t n, int64_t multiple) {
 /* Floats of one part's scratch; with `base`, also hands them out. */
 static int64_t lay_out_tile(const attend_call *call, float *base, tile *t) {
     const int64_t q_width = call->q_width, o_width = call->o_width;
+    const int64_t rows = round_up(call->tile_rows, KV_ROW_ALIGN); /* keeps every buffer aligned */
     const int64_t widest = q_width > o_width ? q_width : o_width;
-    const int64_t sizes[] = {KV_TILE_ROWS * q_width,
-                             KV_TILE_ROWS * KV_SPLIT,
+    const int64_t sizes[] = {rows * q_width,
+                             rows * KV_SPLIT,
                              KV_RUN * widest,
-                             KV_TILE_ROWS * o_width,
-                             KV_TILE_ROWS,
-                             KV_TILE_ROWS,
-                             KV_TILE_ROWS * o_width,
-                             KV_TILE_ROWS,
-                             KV_TILE_ROWS};
+                             rows * o_width,
+                             rows,
+                             rows,
+                             rows * o_width,
+                             rows,
+                             rows};
     float **const places[] = {&t->q,       &t->scores,    &t->decoded,   &t->state.o,  &t->state.m,
                               &t->state.l, &t->partial.o, &t->partial.m, &t->partial.l};
     int64_t used = 0;
@@ -368,6 +370,9 @@ static kv_status prepare(attend_call *call, kv_workspace *workspace) {
     call->bounds = (kv_bound *)(call->cuts + KV_MAX_THREADS);
 
     const int64_t cost = kv_list_units(&call->sight, num_heads, call->group_size, call->units);
+    for (int64_t u = 0; u < call->num_units; u++)
+        if (call->units[u].num_rows > call->tile_rows)
+            call->tile_rows = call->units[u].num_rows;
     call->num_parts = kv_num_parts(cost, PART_WORK / call->k->head_dim);
     call->num_cuts = kv_cut_work(call->units, call->num_units, call->num_parts, call->bounds,
                                  call->cuts, &call->slot_rows);
