@@ -43,8 +43,10 @@ class Backend(Protocol):
         """Memory for num_blocks[g] blocks of each group g."""
         ...
 
-    def append(self, storage: Storage, layer: int, plan: Plan, k: Any, v: Any, layout: str) -> None:
-        """Encodes K and V of the plan's new tokens into their slots."""
+    def append(
+        self, storage: Storage, layer: int, plan: Plan, k: Any, v: Any | None, layout: str
+    ) -> None:
+        """Encodes K and V of the plan's new tokens into their slots; v: None where V lies in K."""
         ...
 
     def attend(
@@ -68,11 +70,14 @@ class Backend(Protocol):
     def read(
         self, storage: Storage, layer: int, block_row: Any, start: int, stop: int
     ) -> tuple[Any, Any]:
-        """K and V of tokens [start, stop) of the sequence behind block_row, decoded to float32."""
+        """K and V of tokens [start, stop) of the sequence behind block_row, decoded to float32.
+
+        V is a view of K where it lies there.
+        """
         ...
 
     def append_kv(
-        self, k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, layout: str
+        self, k: Any, v: Any | None, k_blocks: Any, v_blocks: Any | None, slots: Any, layout: str
     ) -> None:
         """See kvcore.ops.append_kv."""
         ...

@@ -130,7 +130,10 @@ class KVCache:
 
     def __repr__(self) -> str:
         stats, spec = self.stats(), self.spec
-        formats = dict.fromkeys(f"{layer.k_format}/{layer.v_format}" for layer in spec.layers)
+        formats = dict.fromkeys(
+            layer.k_format if layer.v_in_k else f"{layer.k_format}/{layer.v_format}"
+            for layer in spec.layers
+        )
         sizes = " + ".join(
             f"{n} blocks of {group.block_size}"
             for group, n in zip(spec.groups, self.num_blocks, strict=True)

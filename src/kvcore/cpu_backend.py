@@ -18,7 +18,7 @@ from kvcore.spec import MAX_HEAD_DIM, CacheSpec
 
 
 class CpuStorage:
-    """K and V of every layer that owns storage, each [N, H, B, D]."""
+    """K and V of every layer that owns storage, each [N, H, B, D]; V may be a view of K."""
 
     def __init__(self, spec: CacheSpec, num_blocks: Sequence[int]) -> None:
         owned: dict[int, tuple[Blocks, Blocks]] = {}
@@ -29,14 +29,19 @@ class CpuStorage:
                 continue
             count, block_size = num_blocks[layer.group], spec.groups[layer.group].block_size
             k_format, v_format = layer.formats
-            pair = (
-                _allocate(k_format, (count, layer.num_kv_heads, block_size, layer.head_dim)),
-                _allocate(v_format, (count, layer.num_kv_heads, block_size, layer.head_dim_v)),
-            )
-            owned[i] = pair
-            self.group_blocks[layer.group] += pair
-            self.nbytes += pair[0].nbytes + pair[1].nbytes
+            shape = (count, layer.num_kv_heads, block_size)
+            k_blocks = _allocate(k_format, (*shape, layer.head_dim))
+            if layer.v_in_k:
+                v_blocks = Blocks(k_blocks.array[..., : layer.v_in_k], k_format.index)
+                stored = [k_blocks]
+            else:
+                v_blocks = _allocate(v_format, (*shape, layer.head_dim_v))
+                stored = [k_blocks, v_blocks]
+            owned[i] = k_blocks, v_blocks
+            self.group_blocks[layer.group] += stored
+            self.nbytes += sum(blocks.nbytes for blocks in stored)
         self.layers = [owned[layer.kv_source] for layer in spec.layers]
+        self.v_in_k = [layer.v_in_k for layer in spec.layers]
 
 
 def _allocate(format: Format, shape: tuple[int, int, int, int]) -> Blocks:
@@ -58,11 +63,19 @@ class CpuBackend:
         return CpuStorage(spec, num_blocks)
 
     def append(
-        self, storage: CpuStorage, layer: int, plan: Plan, k: Any, v: Any, layout: str
+        self, storage: CpuStorage, layer: int, plan: Plan, k: Any, v: Any | None, layout: str
     ) -> None:
         k_blocks, v_blocks = storage.layers[layer]
         number = arrays.layout_number(layout)
         k_rows, k_dtype = _rows_for(k, "k", layout, plan, k_blocks)
+        if storage.v_in_k[layer]:
+            if v is not None:
+                raise InvalidArgument(
+                    f"v: expected None, as V of layer {layer} is the first "
+                    f"{storage.v_in_k[layer]} elements of k, got {type(v).__name__}"
+                )
+            attention.append(plan, k_rows, k_dtype, number, k_blocks)
+            return
         v_rows, v_dtype = _rows_for(v, "v", layout, plan, v_blocks)
         attention.append(plan, k_rows, k_dtype, number, k_blocks)
         attention.append(plan, v_rows, v_dtype, number, v_blocks)
@@ -89,16 +102,18 @@ class CpuBackend:
         self, storage: CpuStorage, layer: int, block_row: np.ndarray, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray]:
         k_blocks, v_blocks = storage.layers[layer]
-        return (
-            attention.read(k_blocks, block_row, start, stop),
-            attention.read(v_blocks, block_row, start, stop),
-        )
+        k = attention.read(k_blocks, block_row, start, stop)
+        shared = storage.v_in_k[layer]
+        return k, k[..., :shared] if shared else attention.read(v_blocks, block_row, start, stop)
 
     def append_kv(
-        self, k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, layout: str
+        self, k: Any, v: Any | None, k_blocks: Any, v_blocks: Any | None, slots: Any, layout: str
     ) -> None:
+        lies_in_k = v is None and v_blocks is None
         k_view = _user_blocks(k_blocks, "k_blocks", layout, writable=True)
-        v_view = _user_blocks(v_blocks, "v_blocks", layout, writable=True)
+        v_view = k_view
+        if not lies_in_k:
+            v_view = _user_blocks(v_blocks, "v_blocks", layout, writable=True)
         _check_pair(k_view, v_view)
         row = arrays.as_index(slots, "slots", 1)
         block_size = k_view.block_size
@@ -111,9 +126,11 @@ class CpuBackend:
             raise InvalidArgument("slots: expected at least one, got none")
         plan = Plan.from_slots(row, block_size)
         k_rows, k_dtype = _rows_for(k, "k", "NHD", plan, k_view)
-        v_rows, v_dtype = _rows_for(v, "v", "NHD", plan, v_view)
+        if not lies_in_k:
+            v_rows, v_dtype = _rows_for(v, "v", "NHD", plan, v_view)
         attention.append(plan, k_rows, k_dtype, 0, k_view)
-        attention.append(plan, v_rows, v_dtype, 0, v_view)
+        if not lies_in_k:
+            attention.append(plan, v_rows, v_dtype, 0, v_view)
 
     def paged_attention(
         self,

@@ -28,13 +28,19 @@ __all__ = [
 
 
 def append_kv(
-    k: Any, v: Any, k_blocks: Any, v_blocks: Any, slots: Any, *, layout: str = "HND"
+    k: Any,
+    v: Any | None,
+    k_blocks: Any,
+    v_blocks: Any | None,
+    slots: Any,
+    *,
+    layout: str = "HND",
 ) -> None:
     """Writes the rows of new tokens into their slots.
 
     Args:
         k: [T, H, D], float32, float16 or bfloat16.
-        v: [T, H, Dv], likewise.
+        v: [T, H, Dv], likewise; None, with v_blocks, where V lies in K.
         k_blocks, v_blocks: the blocks, changed in place.
         slots: int32 [T], block * B + offset of each token; -1 skips the token.
         layout: of the blocks.
@@ -69,7 +75,7 @@ def paged_attention(
 
     Args:
         q: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of H.
-        k_blocks, v_blocks: the blocks.
+        k_blocks, v_blocks: the blocks; v_blocks may be a view such as k_blocks[..., :512].
         block_tables: int32 [S, W], each sequence's blocks in order; what lies beyond seq_lens is
             not looked at.
         seq_lens: int32 [S], tokens that each sequence has in the blocks, the new ones included.

@@ -73,7 +73,8 @@ class Sequence:
         """What the cache holds of this sequence in a layer, decoded.
 
         Returns:
-            k float32 [len, num_kv_heads, head_dim] and v [len, num_kv_heads, head_dim_v].
+            k float32 [len, num_kv_heads, head_dim] and v [len, num_kv_heads, head_dim_v], a view
+            of k where V lies in K (`v_in_k`).
 
         Raises:
             SequenceBusy, SequenceFreed: as for `fork`.

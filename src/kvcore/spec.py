@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcore import checks
 from kvcore.errors import InvalidArgument, InvalidType
@@ -15,6 +15,8 @@ MAX_BLOCK_SIZE = 4096
 MAX_HEAD_DIM = 1024
 MAX_GROUPS = 16
 MAX_SLOTS = 2**31 - 1
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class LayerSpec:
         k_format, v_format: how K and V are stored.
         group: the group whose blocks the layer uses.
         kv_source: the layer whose cache this one reads; its own index when it owns one.
+        v_in_k: V is the first v_in_k elements of K (then head_dim_v) and not stored; 0: it is.
     """
 
     num_kv_heads: int
@@ -37,6 +40,7 @@ class LayerSpec:
     v_format: str
     group: int
     kv_source: int
+    v_in_k: int = 0
 
     @property
     def formats(self) -> tuple[Format, Format]:
@@ -47,7 +51,9 @@ class LayerSpec:
     def bytes_per_token(self) -> int:
         """Bytes of one token's K and V, metadata included, as if the layer owned its storage."""
         k_format, v_format = self.formats
-        row = k_format.row_nbytes(self.head_dim) + v_format.row_nbytes(self.head_dim_v)
+        row = k_format.row_nbytes(self.head_dim)
+        if not self.v_in_k:
+            row += v_format.row_nbytes(self.head_dim_v)
         return self.num_kv_heads * row
 
 
@@ -75,9 +81,13 @@ class CacheSpec:
         num_layers: L.
         num_kv_heads: H, one number or one a layer.
         head_dim: D, one number or one a layer, a multiple of 8.
-        head_dim_v: Dv, likewise; D when left out.
+        head_dim_v: Dv, likewise; v_in_k or else D when left out.
+        v_in_k: V is the first v_in_k elements of K and stored there alone, as in the latent
+            attention of DeepSeek-V2 (arXiv 2405.04434): one number or one a layer, a multiple of
+            8; 0 or None where V is stored apart.
         block_size: token slots of a block, a power of two from 16 to 4096.
-        k_format, v_format: "fp32", "fp16" or "bf16".
+        k_format: "fp32", "fp16" or "bf16".
+        v_format: likewise; when left out bf16, or k_format where V lies in K.
         layer_formats: {layer: (k_format, v_format)}, over k_format and v_format.
         groups: several groups instead of one of `block_size`.
         layer_groups: each layer's group; needed when there are several.
@@ -102,9 +112,10 @@ class CacheSpec:
         head_dim: int | Sequence[int],
         head_dim_v: int | Sequence[int] | None = None,
         *,
+        v_in_k: int | Sequence[int | None] | None = None,
         block_size: int = 64,
         k_format: str = "bf16",
-        v_format: str = "bf16",
+        v_format: str | None = None,
         layer_formats: Mapping[int, tuple[str, str]] | None = None,
         groups: Sequence[GroupSpec] | None = None,
         layer_groups: Sequence[int] | None = None,
@@ -114,9 +125,12 @@ class CacheSpec:
         all_groups = (GroupSpec(block_size),) if groups is None else _groups(groups)
         heads = _per_layer(num_kv_heads, count, "num_kv_heads")
         dims = _per_layer(head_dim, count, "head_dim")
-        dims_v = dims if head_dim_v is None else _per_layer(head_dim_v, count, "head_dim_v")
+        shared = [_shared_dim(value) for value in _per_layer(v_in_k, count, "v_in_k")]
+        dims_v: Sequence[int] = [v or d for v, d in zip(shared, dims, strict=True)]
+        if head_dim_v is not None:
+            dims_v = _per_layer(head_dim_v, count, "head_dim_v")
         overrides = _mapping(layer_formats, "layer_formats")
-        formats = _layer_formats(k_format, v_format, overrides, count)
+        formats = _layer_formats(k_format, v_format, overrides, shared)
         owners = _layer_groups(layer_groups, len(all_groups), count)
         sources = dict(_mapping(kv_sources, "kv_sources"))
         layers = tuple(
@@ -128,6 +142,7 @@ class CacheSpec:
                 v_format=formats[i][1],
                 group=owners[i],
                 kv_source=checks.integer(sources.pop(i, i), "kv_sources", 0, i),
+                v_in_k=shared[i],
             )
             for i in range(count)
         )
@@ -135,6 +150,7 @@ class CacheSpec:
             raise InvalidArgument(
                 f"kv_sources: expected layers 0 to {count - 1}, got {sorted(sources)}"
             )
+        _check_shared(layers)
         _check_sources(layers)
         _check_groups(layers, all_groups)
         object.__setattr__(self, "layers", layers)
@@ -147,7 +163,8 @@ class CacheSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token over all layers, K and V, metadata included."""
+        """Bytes of one token over all layers, K and V (or K alone where V lies in it), metadata
+        included."""
         return sum(self._group_bytes)
 
     def block_nbytes(self, group: int = 0) -> int:
@@ -200,7 +217,7 @@ def _mapping(value: Mapping[int, Any] | None, argument: str) -> Mapping[int, Any
     return value or {}
 
 
-def _per_layer(value: int | Sequence[int], count: int, argument: str) -> Sequence[int]:
+def _per_layer(value: _T | Sequence[_T], count: int, argument: str) -> Sequence[_T]:
     if not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
@@ -217,13 +234,23 @@ def _head_dim(value: int, argument: str) -> int:
     return dim
 
 
+def _shared_dim(v_in_k: int | None) -> int:
+    """How many elements of K are V too, 0 where V is stored apart."""
+    size = checks.integer(0 if v_in_k is None else v_in_k, "v_in_k", 0)
+    return _head_dim(size, "v_in_k") if size else 0
+
+
 def _layer_formats(
-    k_format: str, v_format: str, overrides: Mapping[int, tuple[str, str]], count: int
+    k_format: str,
+    v_format: str | None,
+    overrides: Mapping[int, tuple[str, str]],
+    shared: list[int],
 ) -> list[tuple[str, str]]:
-    default = (get_format(k_format, "k_format").name, get_format(v_format, "v_format").name)
-    formats = [default] * count
+    k_name = get_format(k_format, "k_format").name
+    v_name = get_format("bf16" if v_format is None else v_format, "v_format").name
+    formats = [(k_name, k_name if v_format is None and size else v_name) for size in shared]
     for layer, pair in overrides.items():
-        checks.integer(layer, "layer_formats", 0, count - 1)
+        checks.integer(layer, "layer_formats", 0, len(shared) - 1)
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise InvalidArgument(
                 f"layer_formats: expected (k_format, v_format) for layer {layer}, got {pair!r}"
@@ -244,6 +271,27 @@ def _layer_groups(owners: Sequence[int] | None, num_groups: int, count: int) -> 
     return [checks.integer(g, "layer_groups", 0, num_groups - 1) for g in owners]
 
 
+def _check_shared(layers: tuple[LayerSpec, ...]) -> None:
+    for i, layer in enumerate(layers):
+        if not layer.v_in_k:
+            continue
+        if layer.v_in_k > layer.head_dim:
+            raise InvalidArgument(
+                f"v_in_k: expected at most head_dim, {layer.head_dim}, in layer {i}, "
+                f"got {layer.v_in_k}"
+            )
+        if layer.head_dim_v != layer.v_in_k:
+            raise InvalidArgument(
+                f"head_dim_v: expected {layer.v_in_k} in layer {i}, as v_in_k says, "
+                f"got {layer.head_dim_v}"
+            )
+        if layer.v_format != layer.k_format:
+            raise InvalidArgument(
+                f"v_format: expected {layer.k_format} in layer {i}, where V lies in K, "
+                f"got {layer.v_format}"
+            )
+
+
 def _check_sources(layers: tuple[LayerSpec, ...]) -> None:
     for i, layer in enumerate(layers):
         source = layers[layer.kv_source]
@@ -252,16 +300,15 @@ def _check_sources(layers: tuple[LayerSpec, ...]) -> None:
                 f"kv_sources: expected a layer that owns its cache, but layer {i} reads layer "
                 f"{layer.kv_source}, which reads layer {source.kv_source}"
             )
-        if (source.group, source.num_kv_heads, source.head_dim, source.head_dim_v) != (
-            layer.group,
-            layer.num_kv_heads,
-            layer.head_dim,
-            layer.head_dim_v,
-        ):
+        if _storage_shape(source) != _storage_shape(layer):
             raise InvalidArgument(
                 f"kv_sources: expected layers {i} and {layer.kv_source} to have the same group, "
-                "num_kv_heads and head_dim"
+                "num_kv_heads, head_dim, head_dim_v and v_in_k"
             )
+
+
+def _storage_shape(layer: LayerSpec) -> tuple[int, ...]:
+    return layer.group, layer.num_kv_heads, layer.head_dim, layer.head_dim_v, layer.v_in_k
 
 
 def _check_groups(layers: tuple[LayerSpec, ...], groups: tuple[GroupSpec, ...]) -> None:

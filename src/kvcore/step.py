@@ -79,7 +79,7 @@ class Step:
         """Whether the step was neither committed nor rolled back yet."""
         return self._native.is_open
 
-    def append(self, layer: int, k: Any, v: Any, *, layout: str = "NHD") -> None:
+    def append(self, layer: int, k: Any, v: Any | None, *, layout: str = "NHD") -> None:
         """Stores K and V of the new tokens.
 
         Args:
@@ -87,7 +87,7 @@ class Step:
             k: [T, H, D] with layout "NHD", [H, T, D] with "HND"; or padded to the longest,
                 [S, n, H, D] with "BSHD", [S, H, n, D] with "BHSD", of which a sequence's first
                 new tokens count. float32, float16 or bfloat16.
-            v: likewise, with head_dim_v.
+            v: likewise, with head_dim_v; None where V lies in K (`v_in_k`).
 
         Raises:
             InvalidArgument, InvalidType: naming the argument; the layer can be appended again.

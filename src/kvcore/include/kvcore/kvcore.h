@@ -211,7 +211,11 @@ KV_API kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t
 /* ---- data plane: storage --------------------------------------------------------------------- */
 
 /* K or V of one layer, [num_blocks, num_heads, block_size, head_dim], by strides in bytes. The
- * elements of one row are dense. */
+ * elements of one row are dense.
+ *
+ * Where V is the first elements of K and stored there alone (multi-head latent attention), V is a
+ * copy of K's kv_blocks with the smaller head_dim. kv_attend and kv_read take it like any other;
+ * kv_append and kv_copy_blocks are called for K only. */
 typedef struct kv_blocks {
     void *data;
     kv_format format;
