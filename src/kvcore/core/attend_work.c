@@ -9,11 +9,28 @@ static int64_t num_query_rows(const kv_plan *plan, int32_t s, int32_t group_size
     return (int64_t)(plan->query_starts[s + 1] - plan->query_starts[s]) * group_size;
 }
 
-int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size) {
+static int64_t num_tiles(int64_t num_rows) { return (num_rows + KV_TILE_ROWS - 1) / KV_TILE_ROWS; }
+
+int64_t kv_count_units(const kv_work *work) {
+    const kv_plan *plan = work->sight->plan;
     int64_t tiles = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++)
-        tiles += (num_query_rows(plan, s, group_size) + KV_TILE_ROWS - 1) / KV_TILE_ROWS;
-    return tiles * num_heads;
+        tiles += num_tiles(num_query_rows(plan, s, work->group_size));
+    return tiles * work->num_heads;
+}
+
+int64_t kv_count_shared_units(const kv_work *work) {
+    int64_t tiles = 0;
+    for (int32_t i = 0; i < work->shares->count; i++)
+        tiles += num_tiles(work->shares->list[i].num_rows);
+    return tiles * work->num_heads;
+}
+
+int64_t kv_count_state_rows(const kv_work *work) {
+    if (work->shares->count == 0)
+        return 0;
+    const kv_share *last = &work->shares->list[work->shares->count - 1];
+    return (int64_t)(last->rows_before + last->num_rows) * work->num_heads;
 }
 
 static int64_t row_cost(const kv_unit *unit) { return unit->num_rows + TOKEN_COST; }
@@ -36,29 +53,72 @@ static void find_span(const kv_sight *sight, int32_t group_size, kv_unit *unit) 
     unit->end = span.end;
 }
 
-int64_t kv_list_units(const kv_sight *sight, int32_t num_heads, int32_t group_size,
-                      kv_unit *units) {
-    const kv_plan *plan = sight->plan;
+/* Sets where the unit stands on the line; returns where the next one does. */
+static int64_t place_unit(kv_unit *unit, int64_t start) {
+    unit->start = start;
+    return start + row_cost(unit) * (unit->end - unit->begin / KV_SPLIT * KV_SPLIT);
+}
+
+/* The tile of `total` rows that begins with `row`. */
+static kv_unit tile_at(int64_t row, int64_t total, int32_t head) {
+    const int64_t left = total - row;
+    return (kv_unit){.share = -1,
+                     .head = head,
+                     .first_row = (int32_t)row,
+                     .num_rows = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS,
+                     .state_row = -1};
+}
+
+/* Leaves out what the first line has read; there is always something after it. */
+static void skip_shared(const kv_work *work, kv_unit *unit) {
+    const kv_shares *shares = work->shares;
+    const kv_share *share = &shares->list[shares->share_of[unit->sequence]];
+    unit->begin = share->num_splits * KV_SPLIT;
+    unit->state_row = (int64_t)share->rows_before * work->num_heads +
+                      (int64_t)share->num_rows * unit->head +
+                      shares->first_rows[shares->member_of[unit->sequence]] + unit->first_row;
+}
+
+int64_t kv_list_units(const kv_work *work, kv_unit *units) {
+    const kv_plan *plan = work->sight->plan;
     int64_t cost = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
-        const int64_t num_rows = num_query_rows(plan, s, group_size);
-        const int64_t num_tiles = (num_rows + KV_TILE_ROWS - 1) / KV_TILE_ROWS;
-        for (int32_t head = 0; head < num_heads; head++)
+        const int64_t num_rows = num_query_rows(plan, s, work->group_size);
+        const int shares = work->shares->count > 0 && work->shares->share_of[s] >= 0;
+        for (int32_t head = 0; head < work->num_heads; head++)
             for (int64_t row = 0; row < num_rows; row += KV_TILE_ROWS) {
-                const int64_t left = num_rows - row;
                 kv_unit *unit = units++;
+                *unit = tile_at(row, num_rows, head);
                 unit->sequence = s;
-                unit->head = head;
-                unit->first_row = (int32_t)row;
-                unit->num_rows = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS;
                 if (head == 0) {
-                    find_span(sight, group_size, unit);
+                    find_span(work->sight, work->group_size, unit);
                 } else {
-                    unit->begin = unit[-num_tiles].begin;
-                    unit->end = unit[-num_tiles].end;
+                    unit->begin = unit[-num_tiles(num_rows)].begin;
+                    unit->end = unit[-num_tiles(num_rows)].end;
                 }
-                unit->start = cost;
-                cost += row_cost(unit) * (unit->end - unit->begin / KV_SPLIT * KV_SPLIT);
+                if (shares)
+                    skip_shared(work, unit);
+                cost = place_unit(unit, cost);
+            }
+    }
+    units->start = cost;
+    return cost;
+}
+
+int64_t kv_list_shared_units(const kv_work *work, kv_unit *units) {
+    int64_t cost = 0, state_row = 0;
+    for (int32_t i = 0; i < work->shares->count; i++) {
+        const kv_share *share = &work->shares->list[i];
+        for (int32_t head = 0; head < work->num_heads; head++)
+            for (int64_t row = 0; row < share->num_rows; row += KV_TILE_ROWS) {
+                kv_unit *unit = units++;
+                *unit = tile_at(row, share->num_rows, head);
+                unit->share = i;
+                unit->sequence = work->shares->members[share->first_member];
+                unit->end = share->num_splits * KV_SPLIT;
+                unit->state_row = state_row;
+                state_row += unit->num_rows;
+                cost = place_unit(unit, cost);
             }
     }
     units->start = cost;

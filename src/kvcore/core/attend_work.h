@@ -1,17 +1,23 @@
-/* How the work of one attention call is divided. A unit is one tile of query rows of one sequence
- * and KV head; it runs over the splits of its keys. All splits of all units lie on a line, which is
- * cut into parts of equal cost. A cut may fall inside a unit: its splits after the cut are then kept
- * as separate partials and merged in order at the end, so that where cuts fall never shows. */
+/* How the work of one attention call is divided. A unit is one tile of query rows of one KV head; it
+ * runs over the splits of its keys. All splits of all units lie on a line, which is cut into parts
+ * of equal cost. A cut may fall inside a unit: its splits after the cut are then kept as separate
+ * partials and merged in order at the end, so that where cuts fall never shows.
+ *
+ * A call has one line, or two where sequences share prefixes: the first runs over these for the rows
+ * of all that share them, and the second goes on from there for each sequence alone. */
 #ifndef KVCORE_CORE_ATTEND_WORK_H
 #define KVCORE_CORE_ATTEND_WORK_H
 
-#include "attend_sight.h"
+#include "attend_share.h"
 
 typedef struct kv_unit {
-    int32_t sequence, head;      /* KV head */
-    int32_t first_row, num_rows; /* rows count (new token, query head of the group), token major */
-    int32_t begin, end;          /* tokens between which lies all that its rows see */
-    int64_t start;               /* cost of all units before */
+    int32_t share;               /* the share whose rows these are, or -1: those of one sequence */
+    int32_t sequence, head;      /* whose blocks are read; KV head */
+    int32_t first_row, num_rows; /* rows count (member of the share, new token, query head of the
+                                    group), the first being the slowest */
+    int32_t begin, end;          /* tokens between which lies all that its rows see here */
+    int64_t state_row; /* where the rows' states over a shared prefix are kept; -1: there is none */
+    int64_t start;     /* cost of all units before */
 } kv_unit;
 
 /* Where a part begins: at a split of a unit. */
@@ -27,11 +33,23 @@ typedef struct kv_cut {
     int64_t first_slot_row;    /* rows of all slots before */
 } kv_cut;
 
-/* The units of one call: num_sequences * num_heads runs of tiles. */
-int64_t kv_count_units(const kv_plan *plan, int32_t num_heads, int32_t group_size);
+/* What the units of a call depend on. */
+typedef struct kv_work {
+    const kv_sight *sight;
+    const kv_shares *shares;
+    int32_t num_heads, group_size; /* KV heads; query heads of each */
+} kv_work;
 
-/* Fills units[count + 1], the last being an end mark; returns the cost of all. */
-int64_t kv_list_units(const kv_sight *sight, int32_t num_heads, int32_t group_size, kv_unit *units);
+/* The units of each line. */
+int64_t kv_count_units(const kv_work *work);
+int64_t kv_count_shared_units(const kv_work *work);
+
+/* Fill units[count + 1], the last being an end mark, and return the cost of all. */
+int64_t kv_list_units(const kv_work *work, kv_unit *units);
+int64_t kv_list_shared_units(const kv_work *work, kv_unit *units);
+
+/* Rows of all states that the first line leaves for the second. */
+int64_t kv_count_state_rows(const kv_work *work);
 
 /* The first split that a unit reads; its splits are counted from there. */
 static inline int32_t kv_first_split(const kv_unit *unit) { return unit->begin / KV_SPLIT; }

@@ -5,7 +5,7 @@
 
 #include "kvcore.h"
 
-enum { KV_WORKSPACE_BUFFERS = 2 };
+enum { KV_WORKSPACE_BUFFERS = 3 };
 
 typedef struct kv_workspace {
     struct kv_workspace *next;

@@ -1,0 +1,195 @@
+#include "attend_tile.h"
+
+#include "storage.h"
+
+#include <math.h>
+#include <string.h>
+
+int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *base, kv_tile *t) {
+    const int64_t q_width = call->q_width, o_width = call->o_width;
+    const int64_t rows = (num_rows + KV_ROW_ALIGN - 1) & -KV_ROW_ALIGN; /* all stays aligned */
+    const int64_t widest = q_width > o_width ? q_width : o_width;
+    const int64_t sizes[] = {rows * q_width,
+                             rows * KV_SPLIT,
+                             KV_RUN * widest,
+                             rows * o_width,
+                             rows,
+                             rows,
+                             rows * o_width,
+                             rows,
+                             rows};
+    float **const places[] = {&t->q,       &t->scores,    &t->decoded,   &t->state.o,  &t->state.m,
+                              &t->state.l, &t->partial.o, &t->partial.m, &t->partial.l};
+    int64_t used = 0;
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+        if (base)
+            *places[i] = base + used;
+        used += sizes[i];
+    }
+    return used;
+}
+
+kv_partial kv_partial_at(float *floats, int64_t num_rows, int32_t o_width, int64_t row) {
+    float *m = floats + num_rows * o_width;
+    return (kv_partial){m + row, m + num_rows + row, floats + row * o_width};
+}
+
+/* ---- loading --------------------------------------------------------------------------------- */
+
+typedef struct query_row {
+    int32_t sequence, token, head; /* new token of the sequence; query head */
+} query_row;
+
+static query_row locate_row(const kv_attend_call *call, const kv_unit *unit, int32_t r) {
+    int32_t row = unit->first_row + r, s = unit->sequence;
+    if (unit->share >= 0) {
+        const kv_share *share = &call->shares.list[unit->share];
+        const int32_t member = kv_share_member(&call->shares, share, row);
+        row -= call->shares.first_rows[member];
+        s = call->shares.members[member];
+    }
+    return (query_row){s, row / call->group_size,
+                       unit->head * call->group_size + row % call->group_size};
+}
+
+static void load_query(const kv_attend_call *call, const query_row *row, float *to) {
+    const kv_rows *q = call->q;
+    call->kernels->convert(kv_row(q, call->plan->query_starts, row->sequence, row->token) +
+                               row->head * q->head_stride * kv_dtype_bytes(q->dtype),
+                           kv_dtype_format(q->dtype), to, KV_FORMAT_FP32, q->head_dim);
+    for (int32_t d = 0; d < q->head_dim; d++)
+        to[d] *= call->options->scale;
+    for (int32_t d = q->head_dim; d < call->q_width; d++)
+        to[d] = 0.0f;
+}
+
+void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
+    query_row before = {-1, -1, -1};
+    for (int32_t r = 0; r < unit->num_rows; r++) {
+        const query_row row = locate_row(call, unit, r);
+        load_query(call, &row, t->q + (int64_t)r * call->q_width);
+        if (row.sequence == before.sequence && row.token == before.token) {
+            t->spans[r] = t->spans[r - 1];
+            t->masks[r] = t->masks[r - 1];
+            t->positions[r] = t->positions[r - 1];
+        } else {
+            t->spans[r] = kv_visible_span(&call->sight, row.sequence, row.token);
+            t->masks[r] = kv_mask_row(&call->sight, row.sequence, row.token);
+            t->positions[r] = kv_query_position(&call->sight, row.sequence, row.token);
+        }
+        if (call->options->alibi_slopes)
+            t->slopes[r] = call->options->alibi_slopes[row.head];
+        before = row;
+    }
+}
+
+void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32_t split,
+                          kv_split_runs *runs) {
+    const int32_t *block_row = call->plan->block_rows[unit->sequence];
+    const int32_t block_size = call->k->block_size, mask = block_size - 1;
+    const int32_t longest = block_size < KV_RUN ? block_size : KV_RUN;
+    const int32_t begin = (kv_first_split(unit) + split) * KV_SPLIT, left = unit->end - begin;
+    const int32_t count = left < KV_SPLIT ? left : KV_SPLIT;
+    runs->start = unit->begin > begin ? (unit->begin - begin) & -longest : 0;
+    runs->num_runs = 0;
+    for (int32_t j = runs->start; j < count; j += longest) {
+        const int32_t block = block_row[(begin + j) >> call->block_shift];
+        const int32_t offset = (begin + j) & mask;
+        const int32_t length = count - j < longest ? count - j : longest;
+        runs->k[runs->num_runs] = (kv_run){kv_block_row(call->k, block, unit->head, offset),
+                                           call->k->token_stride, length};
+        runs->v[runs->num_runs] = (kv_run){kv_block_row(call->v, block, unit->head, offset),
+                                           call->v->token_stride, length};
+        runs->num_runs++;
+    }
+}
+
+/* ---- running --------------------------------------------------------------------------------- */
+
+/* Sets what each row sees of a split. Returns whether that is all up to its `visible`, which never
+ * decreases; `seen` is then not set. */
+static int find_visible(const kv_unit *unit, int32_t begin, kv_tile *t) {
+    int prefixes = 1;
+    for (int32_t r = 0; r < unit->num_rows; r++) {
+        const int32_t end = t->spans[r].end - begin;
+        t->visible[r] = end < 0 ? 0 : end < KV_SPLIT ? end : KV_SPLIT;
+        prefixes &= !t->masks[r] && t->spans[r].begin <= begin &&
+                    (r == 0 || t->visible[r] >= t->visible[r - 1]);
+    }
+    for (int32_t r = 0; r < unit->num_rows && !prefixes; r++)
+        t->visible[r] = kv_visible_bits(t->spans[r], t->masks[r], begin, t->seen[r]);
+    return prefixes;
+}
+
+void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t split, kv_tile *t,
+                       const kv_partial *into) {
+    const int32_t begin = (kv_first_split(unit) + split) * KV_SPLIT;
+    if (unit->begin == unit->end) { /* there may be nothing to read at all */
+        memset(into->l, 0, (size_t)unit->num_rows * sizeof(float));
+        return;
+    }
+    for (int32_t r = 0; r < unit->num_rows; r++)
+        t->distances[r] = (float)(t->positions[r] - begin);
+    const int prefixes = find_visible(unit, begin, t);
+    const kv_split_task task = {.q = t->q,
+                                .num_rows = unit->num_rows,
+                                .q_width = call->q_width,
+                                .o_width = call->o_width,
+                                .visible = t->visible,
+                                .seen = prefixes ? NULL : t->seen[0],
+                                .softcap = call->options->softcap,
+                                .slopes = call->options->alibi_slopes ? t->slopes : NULL,
+                                .distances = t->distances,
+                                .k_format = call->k->format,
+                                .v_format = call->v->format,
+                                .head_dim = call->k->head_dim,
+                                .head_dim_v = call->v->head_dim,
+                                .runs = &t->runs[0],
+                                .next = &t->runs[1],
+                                .scores = t->scores,
+                                .decoded = t->decoded,
+                                .out = *into};
+    call->kernels->attend_split(&task);
+}
+
+/* A sink is one more token that comes last and whose value is 0. */
+static void add_sink(const kv_attend_call *call, const kv_partial *state, float logit) {
+    float one = 1.0f, zeros[1024] = {0};
+    const kv_partial sink = {&logit, &one, zeros};
+    call->kernels->merge_partial(state, &sink, 1, call->o_width);
+}
+
+static void write_output(const kv_attend_call *call, const query_row *at, const kv_partial *state) {
+    const kv_rows *out = call->out;
+    if (call->options->sinks)
+        add_sink(call, state, call->options->sinks[at->head]);
+    const float m = *state->m, l = *state->l;
+    float row[1024];
+    if (l == 0.0f)
+        memset(row, 0, sizeof(row));
+    else
+        call->kernels->normalize(state->o, l, row, call->o_width);
+    call->kernels->convert(row, KV_FORMAT_FP32,
+                           kv_row(out, call->plan->query_starts, at->sequence, at->token) +
+                               at->head * out->head_stride * kv_dtype_bytes(out->dtype),
+                           kv_dtype_format(out->dtype), out->head_dim);
+    if (call->lse) {
+        const int64_t t = call->plan->query_starts[at->sequence] + at->token;
+        call->lse[t * out->num_heads + at->head] =
+            l == 0.0f ? -INFINITY : (float)((double)m + log((double)l));
+    }
+}
+
+void kv_tile_finish_row(const kv_attend_call *call, const kv_unit *unit, int32_t r,
+                        const kv_partial *state) {
+    if (unit->share < 0) {
+        const query_row row = locate_row(call, unit, r);
+        write_output(call, &row, state);
+    } else {
+        const kv_partial kept =
+            kv_partial_at(call->states, call->state_rows, call->o_width, unit->state_row + r);
+        *kept.m = *state->m;
+        *kept.l = *state->l;
+        memcpy(kept.o, state->o, (size_t)call->o_width * sizeof(float));
+    }
+}
