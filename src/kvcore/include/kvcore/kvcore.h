@@ -279,7 +279,8 @@ typedef struct kv_attend_options {
 
 /* Attention of the plan's new tokens over everything their sequences hold: causal and bottom-right
  * aligned, unless options say otherwise. q and out: [T, Hq, D] and [T, Hq, Dv]; Hq is a multiple of
- * the blocks' num_heads. Padding of `out` is set to zero. lse: [T, Hq], natural logarithm, sinks
+ * the blocks' num_heads. Blocks with which several sequences of few new tokens begin are read once
+ * for all of them. Padding of `out` is set to zero. lse: [T, Hq], natural logarithm, sinks
  * included, or NULL. A row that sees nothing has out 0 and lse -inf, or its sink.
  *
  * K and V in one contiguous array need no copy: blocks may overlap. With block_stride =
