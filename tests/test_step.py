@@ -131,6 +131,17 @@ class TestRollBack:
         gc.collect()
         world.assert_unchanged()
 
+    def test_by_dropping_a_cycle_that_alone_has_the_sequences(self):
+        """The collector takes a cycle apart in any order; the sequences go after the step."""
+        cache = make_cache(4)
+        holder = [cache.step([(cache.sequence(), 3), (cache.sequence(), [1, 2])])]
+        holder += [holder, *holder[0].sequences]
+        del holder
+        gc.collect()
+        stats = cache.stats()
+        assert (stats.open_steps, stats.num_sequences, stats.in_use) == (0, 0, 0)
+        cache.check()
+
     def test_by_a_backend_that_fails(self, world, monkeypatch):
         def fail(*arguments):
             raise MemoryError("no memory")
@@ -417,3 +428,47 @@ def test_entries_may_be_any_iterable(rng):
     grow(cache, ((s, n) for n, s in enumerate(sequences, start=1)), rng)
     grow(cache, zip(sequences, [[1, 2], np.int64(3), np.array([4, 5])], strict=True), rng)
     assert [len(s) for s in sequences] == [3, 5, 5]
+
+
+IDS = [3, 1, 4, 1, 5] * 4
+FORMS = {
+    "a list": IDS,
+    "a tuple": tuple(IDS),
+    "NumPy ints in a list": [np.int64(i) for i in IDS],
+    "int32": np.array(IDS, np.int32),
+    "int64": np.array(IDS, np.int64),
+    "uint8": np.array(IDS, np.uint8),
+    "int32 with gaps": np.repeat(np.array(IDS, np.int32), 2)[::2],
+    "int32 of the other byte order": np.array(IDS, ">i4"),
+    "a memoryview": memoryview(np.array(IDS, np.int32)),
+}
+
+
+@pytest.mark.parametrize("ids", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_token_ids_come_in_many_forms(rng, ids, pair):
+    """They are stored as what they say: the next text that starts with them finds the block."""
+    cache = make_cache(8)
+    a, b = cache.sequence(), cache.sequence()
+    grow(cache, [pair((b, np.int32(2))), pair((a, ids))], rng)
+    assert (len(a), len(b)) == (20, 2)
+    assert len(cache.sequence([*IDS, 9])) == 16
+    assert len(cache.sequence([*IDS[:15], 9, 9, 9])) == 0
+
+
+def test_entries_that_change_what_was_read_before(rng):
+    """Reading an entry can run the caller's code, which here frees the sequence before it."""
+    cache = make_cache(8)
+    a, b = cache.sequence(), cache.sequence()
+
+    class Count:
+        def __index__(self):
+            if not a.is_freed:
+                a.free()
+            return 2
+
+    with pytest.raises(kvcore.SequenceFreed):
+        cache.step([(a, 1), (b, Count())])
+    assert cache.stats().open_steps == 0 and len(b) == 0
+    grow(cache, [(b, Count())], rng)
+    assert len(b) == 2

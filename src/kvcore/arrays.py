@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcore._native.blocks import has_negative
+from kvcore._native.tokens import token_ids
 from kvcore.errors import InvalidArgument, InvalidType, MissingExtra
 
 #: The core's dtype numbers (kv_dtype in kvcore.h).
@@ -168,15 +168,17 @@ def from_list(value: Any, argument: str) -> np.ndarray:
 
 def as_token_ids(value: Any, argument: str) -> np.ndarray:
     """Token ids as a dense int32 [n]."""
+    ids = token_ids(value)
+    if ids is not None:
+        return ids
     array = from_list(value, argument)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidArgument(
             f"{argument}: expected a list or 1-D array of int token ids, "
             f"got {array.dtype.name} of shape {list(array.shape)}"
         )
-    ids = dense(array, np.int32)
-    # NumPy's min and max cost more than the rest of a decode step's check, so they only tell.
-    if has_negative(ids) or (array.dtype != np.int32 and not np.array_equal(ids, array)):
+    ids = token_ids(dense(array, np.int64))
+    if ids is None:
         raise InvalidArgument(
             f"{argument}: expected token ids from 0 to {np.iinfo(np.int32).max}, "
             f"got {array.min()} to {array.max()}"

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvcore import arrays, checks
-from kvcore._native.blocks import ControlPlane, SequenceHandle
+from kvcore._native import steps
+from kvcore._native.blocks import ControlPlane
 from kvcore.backend import get_backend
 from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType, SequenceFreed
 from kvcore.sequence import Sequence
@@ -175,16 +176,7 @@ class KVCache:
             SequenceFreed, ForeignSequence: a sequence is not one of this cache's live ones.
             InvalidArgument, InvalidType: naming the argument.
         """
-        sequences, handles, counts, tokens = [], [], [], []
-        for i, (sequence, new) in enumerate(_pairs(entries)):
-            handles.append(self._handle_of(sequence, f"entries[{i}]"))
-            count, ids = _new_tokens(new, f"entries[{i}]")
-            sequences.append(sequence)
-            counts.append(count)
-            tokens.append(ids)
-        _check_entries(handles)
-        native = self._control.begin(handles, counts, tokens)
-        step = Step(self, tuple(sequences), native)
+        step = Step(self, steps.begin(self._control, _listed(entries), self._read_entry))
         try:
             for group in range(len(self.spec.groups)):
                 if step.plan(group).num_copies:
@@ -215,14 +207,28 @@ class KVCache:
         """Forgets the cached prefixes that no sequence holds, so that their blocks are free."""
         self._control.drop_prefixes()
 
-    def _handle_of(self, sequence: Any, argument: str) -> SequenceHandle:
+    def _read_entry(self, place: int, entry: Any) -> tuple[Sequence, int, np.ndarray | None]:
+        """An entry of a step as (sequence, number of new tokens, token ids or None)."""
+        argument = f"entries[{place}]"
+        try:
+            sequence, new = entry
+        except (TypeError, ValueError):
+            raise InvalidType(
+                f"{argument}: expected (sequence, number of new tokens or token ids), "
+                f"got {type(entry).__name__}"
+            ) from None
         if not isinstance(sequence, Sequence):
             raise InvalidType(f"{argument}: expected a Sequence, got {type(sequence).__name__}")
         if sequence.cache is not self:
             raise ForeignSequence(f"{argument}: expected a sequence of this cache")
         if sequence.is_freed:
             raise SequenceFreed(f"{argument}: the sequence was freed")
-        return sequence._live()
+        if hasattr(new, "__index__") and not isinstance(new, np.ndarray):
+            return sequence, checks.integer(new, argument, 1, 2**31 - 1), None
+        ids = arrays.as_token_ids(new, argument)
+        if not ids.size:
+            raise InvalidArgument(f"{argument}: expected at least one token id, got none")
+        return sequence, ids.size, ids
 
     def _read(self, sequence: Sequence, layer: int) -> tuple[Any, Any]:
         spec = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)]
@@ -266,35 +272,17 @@ def _count_blocks(
     return counts
 
 
-def _pairs(entries: Any) -> list[tuple[Any, Any]]:
+def _listed(entries: Any) -> tuple[Any, ...]:
     try:
-        pairs = [(sequence, new) for sequence, new in entries]
-    except (TypeError, ValueError):
+        listed = tuple(entries)
+    except TypeError:
         raise InvalidType(
-            "entries: expected (sequence, number of new tokens or token ids) pairs"
+            "entries: expected (sequence, number of new tokens or token ids) pairs, "
+            f"got {type(entries).__name__}"
         ) from None
-    if not pairs:
+    if not listed:
         raise InvalidArgument("entries: expected at least one (sequence, tokens), got none")
-    return pairs
-
-
-def _new_tokens(new: Any, argument: str) -> tuple[int, np.ndarray | None]:
-    if hasattr(new, "__index__") and not isinstance(new, np.ndarray):
-        return checks.integer(new, argument, 1, 2**31 - 1), None
-    ids = arrays.as_token_ids(new, argument)
-    if not ids.size:
-        raise InvalidArgument(f"{argument}: expected at least one token id, got none")
-    return ids.size, ids
-
-
-def _check_entries(handles: list[SequenceHandle]) -> None:
-    seen: dict[SequenceHandle, int] = {}
-    for i, handle in enumerate(handles):
-        first = seen.setdefault(handle, i)
-        if first != i:
-            raise InvalidArgument(
-                f"entries: expected each sequence once, but entries {first} and {i} are the same"
-            )
+    return listed
 
 
 def _without_size(stats: dict[str, int]) -> dict[str, int]:

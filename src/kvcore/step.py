@@ -13,7 +13,8 @@ from kvcore.backend import AttendOptions
 from kvcore.errors import StepClosed, StepIncomplete
 
 if TYPE_CHECKING:
-    from kvcore._native.blocks import NativeStep, Plan
+    from kvcore._native.blocks import Plan
+    from kvcore._native.steps import NativeStep
     from kvcore.cache import KVCache
     from kvcore.sequence import Sequence
 
@@ -44,9 +45,9 @@ class Step:
         "sequences",
     )
 
-    def __init__(self, cache: KVCache, sequences: tuple[Sequence, ...], native: NativeStep) -> None:
+    def __init__(self, cache: KVCache, native: NativeStep) -> None:
         self.cache = cache
-        self.sequences = sequences
+        self.sequences: tuple[Sequence, ...] = native.sequences
         self._native = native
         self._plans = [native.plan(group) for group in range(len(cache.spec.groups))]
         first = self._plans[0]

@@ -1,7 +1,7 @@
 from libc.stdint cimport int32_t, uint64_t
 cimport numpy as cnp
 
-from kvcore._native.capi cimport kv_blocks, kv_cache, kv_plan, kv_step
+from kvcore._native.capi cimport kv_blocks, kv_cache, kv_plan
 
 
 cdef class Memory:
@@ -26,14 +26,6 @@ cdef class Plan:
 cdef class SequenceHandle:
     cdef ControlPlane control
     cdef uint64_t value
-
-
-cdef class NativeStep:
-    cdef kv_step *step
-    cdef ControlPlane control
-    cdef list plans
-    cdef list handles
-    cdef int close(self) except -1
 
 
 cdef class ControlPlane:

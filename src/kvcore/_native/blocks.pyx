@@ -1,16 +1,15 @@
 """The control plane and the storage of the C core."""
 
-import weakref
-
 cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memcpy
 cimport numpy as cnp
 
 import numpy as np
 
 from kvcore._native.capi cimport *
-from kvcore.errors import CacheCorrupt, InvalidArgument, OutOfBlocks
+from kvcore.errors import CacheCorrupt, InvalidArgument
 
 cnp.import_array()
 
@@ -36,16 +35,6 @@ def status_table():
             return names
         names.append(name)
         i += 1
-
-
-def has_negative(cnp.ndarray ids not None):
-    """Whether a dense int32 array has a number below 0."""
-    cdef const int32_t *data = <const int32_t *>cnp.PyArray_DATA(ids)
-    cdef int64_t i
-    for i in range(cnp.PyArray_SIZE(ids)):
-        if data[i] < 0:
-            return True
-    return False
 
 
 cdef class Memory:
@@ -118,10 +107,7 @@ cdef object copied(const int32_t *data, int64_t count):
     """A NumPy copy, because the step's buffer is used again by later steps."""
     cdef cnp.npy_intp n = count
     cdef cnp.ndarray array = cnp.PyArray_EMPTY(1, &n, cnp.NPY_INT32, 0)
-    cdef int32_t *out = <int32_t *>cnp.PyArray_DATA(array)
-    cdef int64_t i
-    for i in range(count):
-        out[i] = data[i]
+    memcpy(cnp.PyArray_DATA(array), data, count * sizeof(int32_t))
     return array
 
 
@@ -248,72 +234,6 @@ cdef class SequenceHandle:
         return self.value != 0
 
 
-@cython.no_gc_clear
-cdef class NativeStep:
-    """An open step. Dropped while open, it rolls back."""
-
-    def __dealloc__(self):
-        if self.step != NULL:
-            kv_step_rollback(self.step)
-
-    cdef int close(self) except -1:
-        self.step = NULL
-        for reference in self.plans:
-            plan = reference()
-            if plan is None:
-                continue
-            (<Plan>plan).c.num_sequences = 0
-            (<Plan>plan).c.num_tokens = 0
-            (<Plan>plan).c.num_copies = 0
-            (<Plan>plan).c.num_new_blocks = 0
-            (<Plan>plan).c.buffer_size = 0
-        return 0
-
-    @property
-    def is_open(self):
-        return self.step != NULL
-
-    def commit(self):
-        cdef kv_step *step = self.step
-        self.close()
-        check(kv_step_commit(step))
-
-    def rollback(self):
-        cdef kv_step *step = self.step
-        self.close()
-        check(kv_step_rollback(step))
-
-    def check_append(self, int32_t layer):
-        check(kv_step_check_append(self.step, layer))
-
-    def mark_appended(self, int32_t layer):
-        check(kv_step_mark_appended(self.step, layer))
-
-    def missing_layers(self):
-        """The layers that own storage and were not appended yet."""
-        cdef int32_t layer = 0
-        cdef kv_status status = KV_OK
-        layers = []
-        while status != KV_ERR_RANGE:
-            status = kv_step_check_append(self.step, layer)
-            if status == KV_OK:
-                layers.append(layer)
-            layer += 1
-        return layers
-
-    def check_attend(self, int32_t layer):
-        check(kv_step_check_attend(self.step, layer))
-
-    def plan(self, int32_t group):
-        cdef Plan plan = Plan.__new__(Plan)
-        check(kv_step_get_plan(self.step, group, &plan.c))
-        plan.owner = self
-        # Weakly, as the plan holds the step: a cycle would keep an abandoned step's sequences
-        # locked until the next garbage collection.
-        self.plans.append(weakref.ref(plan))
-        return plan
-
-
 cdef class ControlPlane:
     """Pools, sequences and steps: which token lives in which block."""
 
@@ -384,35 +304,6 @@ cdef class ControlPlane:
         check(kv_sequence_blocks(self.cache, sequence.value, group,
                                  <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>blocks), count, &count))
         return blocks
-
-    def begin(self, list handles, list counts, list tokens):
-        """tokens: for each entry a C-contiguous int32 array of its new token ids, or None."""
-        cdef int32_t count = <int32_t>len(handles)
-        cdef kv_shortage shortage
-        cdef kv_status status
-        cdef int i
-        cdef NativeStep step = NativeStep.__new__(NativeStep)
-        cdef kv_step_entry *entries = <kv_step_entry *>PyMem_Malloc(
-            count * sizeof(kv_step_entry) + 1)
-        if entries == NULL:
-            raise MemoryError
-        try:
-            for i in range(count):
-                entries[i].sequence = (<SequenceHandle?>handles[i]).value
-                entries[i].num_new = counts[i]
-                entries[i].tokens = NULL
-                if tokens[i] is not None:
-                    entries[i].tokens = <const int32_t *>cnp.PyArray_DATA(<cnp.ndarray>tokens[i])
-            status = kv_step_begin(self.cache, entries, count, &step.step, &shortage)
-        finally:
-            PyMem_Free(entries)
-        if status == KV_ERR_OUT_OF_BLOCKS:
-            raise OutOfBlocks(shortage.group, shortage.needed, shortage.available)
-        check(status)
-        step.control = self
-        step.plans = []
-        step.handles = handles
-        return step
 
     def stats(self):
         cdef kv_cache_stats stats

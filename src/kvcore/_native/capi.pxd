@@ -7,6 +7,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
     kv_status KV_OK
     kv_status KV_ERR_RANGE
     kv_status KV_ERR_OUT_OF_BLOCKS
+    kv_status KV_ERR_DUPLICATE_SEQUENCE
     kv_status KV_ERR_CORRUPT
     const char *kv_status_name(kv_status status)
     const char *kv_status_string(kv_status status)

@@ -1,0 +1,4 @@
+cimport numpy as cnp
+
+
+cpdef cnp.ndarray token_ids(object value)
