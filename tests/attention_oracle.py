@@ -31,17 +31,27 @@ class Reference:
     max_terms: np.ndarray
 
 
+def token_places(n, m, positions=None) -> tuple[np.ndarray, np.ndarray]:
+    """Where the last n of m tokens stand as queries, and all m as keys."""
+    queries, keys = np.arange(m - n, m), np.arange(m)
+    if positions is not None:
+        queries = np.asarray(positions, np.int64)
+        if m >= n:
+            keys[m - n :] = queries
+    return queries, keys
+
+
 def visible_tokens(n, m, *, window=None, causal=True, mask=None, positions=None) -> np.ndarray:
     """Which of m stored tokens the last n see: [n, m] booleans."""
-    i = np.arange(m - n, m)[:, None]
-    j = np.arange(m)
     if mask is not None:
         visible = np.asarray(mask)
     else:
-        visible = np.broadcast_to(j <= i if causal else True, (n, m))
+        order = np.arange(m) <= np.arange(m - n, m)[:, None]
+        visible = order if causal else np.ones((n, m), bool)
     if window is not None:
-        i = i if positions is None else np.asarray(positions, np.int64)[:, None]
-        visible = visible & (i - window < j) & (j <= i)
+        queries, keys = token_places(n, m, positions)
+        distance = queries[:, None] - keys
+        visible = visible & (distance >= 0) & (distance < window)
     return visible
 
 
@@ -61,8 +71,8 @@ def attention(
     m, num_kv_heads, _ = k.shape
     scale = head_dim**-0.5 if scale is None else scale
     visible = visible_tokens(n, m, positions=positions, **sight)
-    place = np.arange(m - n, m) if positions is None else np.asarray(positions, np.int64)
-    distance = place[:, None] - np.arange(m)
+    queries, keys = token_places(n, m, positions)
+    distance = queries[:, None] - keys
     out = np.zeros((n, num_heads, v.shape[2]))
     lse = np.full((n, num_heads), -np.inf)
     max_score = np.zeros((n, num_heads))

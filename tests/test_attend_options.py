@@ -208,7 +208,8 @@ class TestBits:
         own = {**own, "causal": True}
         if own.get("mask") is not None:  # hide what a chunk would not have yet
             own["mask"] = own["mask"] & visible_tokens(len(q), end)
-        whole_mask, whole_positions = own.pop("mask", None), own.pop("positions", None)
+        whole_mask = own.pop("mask", None)
+        own.pop("positions", None)  # they end with the step: its keys then stand where stored
         with machine(isa):
             results = []
             for cuts in ([0, 70], [0, 1, 40, 70], [0, 9, 10, 69, 70]):
@@ -217,8 +218,6 @@ class TestBits:
                     chunk = dict(own)
                     if whole_mask is not None:
                         chunk["mask"] = [whole_mask[a:b, : context + b]]
-                    if whole_positions is not None:
-                        chunk["positions"] = whole_positions[a:b]
                     text = (k[: context + b], v[: context + b])
                     parts.append(attend(world.cache(), [text], [context + a], q[a:b], **chunk)[1:])
                 results.append([np.concatenate(x) for x in zip(*parts, strict=True)])
@@ -254,6 +253,59 @@ def test_what_is_not_seen_takes_no_part(isa, format, names):
             bad = attend(world.cache(), [(bad_k, bad_v)], [context], world.q[:n], **own)[1:]
             for a, b in zip(bad, clean, strict=True):
                 assert_same_bits(a[row], b[row], f"row {row}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "given", [{"window": 40}, {"window": 3}, {"alibi_slopes": [0.5, 0.1, 0.3, 0.2]}], ids=str
+)
+def test_a_tree_sees_as_its_paths_do(isa, given):
+    """Nodes at their depth, with the mask of their ancestors: each as the end of its own text."""
+    rng = np.random.default_rng(11)
+    parents = [-1, 0, 0, 1, 1, 2, 3, 3, 6]
+    n, context, heads = len(parents), 250, 4
+    layer = kvcore.LayerSpec(2, 16, 16, "fp32", "fp32", 0, 0)
+    k, v = random_kv(rng, context + n, layer)
+    q = random_q(rng, n, heads, 16)
+    paths = []
+    for node, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), node])
+    mask = np.zeros((n, context + n), bool)
+    mask[:, :context] = True
+    for node, path in enumerate(paths):
+        mask[node, [context + ancestor for ancestor in path]] = True
+    positions = [context + len(path) - 1 for path in paths]
+    with machine(isa):
+        cache = make_cache(40)
+        _, out, lse = attend(
+            cache, [(k, v)], [context], q, mask=[mask], positions=positions, **given
+        )
+    for node, path in enumerate(paths):
+        rows = [*range(context), *(context + ancestor for ancestor in path)]
+        reference = attention(q[node : node + 1], k[rows], v[rows], **given)
+        assert_close(out[node : node + 1], lse[node : node + 1], reference, cancels=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_masks_as_bits(isa):
+    """Bits mean what booleans do, and those beyond the last key mean nothing."""
+    world = World()
+    given = world.given("mask", "window", "sinks")
+    bits = [
+        None if mask is None else np.packbits(mask, axis=1, bitorder="little")
+        for mask in given["mask"]
+    ]
+    assert any(n % 8 for n in world.lengths)
+    for row, length in zip(bits, world.lengths, strict=True):
+        if row is not None and length % 8:
+            row[:, -1] |= 0xFF << length % 8 & 0xFF
+    with machine(isa, 2):
+        results = [
+            attend(world.cache(), world.texts, world.contexts, world.q, **{**given, "mask": mask})
+            for mask in (given["mask"], bits)
+        ]
+    for a, b in zip(*(result[1:] for result in results), strict=True):
+        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -328,7 +328,8 @@ BAD = [
             (ARGUMENT, "mask", {"mask": [None, None]}),
             (ARGUMENT, "mask[0]", {"mask": [np.ones((T, T + 1), bool)]}),
             (ARGUMENT, "mask[0]", {"mask": [np.ones(T * T, bool)]}),
-            (TYPE, "mask[0]", {"mask": [np.ones((T, T), np.uint8)]}),
+            (ARGUMENT, "mask[0]", {"mask": [np.ones((T, T + 1), np.uint8)]}),
+            (TYPE, "mask[0]", {"mask": [np.ones((T, T), np.int32)]}),
             (TYPE, "mask[0]", {"mask": [True]}),
             (TYPE, "mask", {"mask": True}),
         ]

@@ -28,8 +28,8 @@ MAX_INT32 = 2**31 - 1
 class AttendOptions:
     """How a call of attend computes, in the order in which the options act.
 
-    i is a query's position in its sequence, from 0: `positions` or else where it is stored. j is
-    where a key is stored. docs/numerics.md has the arithmetic.
+    i is where a query stands in its sequence, from 0, and j where a key does: `positions` for the
+    new tokens, or else where a token is stored. docs/numerics.md has the arithmetic.
 
     Attributes:
         scale: s = (q . k) * scale; None means 1 / sqrt(head_dim).
@@ -38,7 +38,8 @@ class AttendOptions:
         alibi_slopes: float32 [Hq]; s -= slope * (i - j).
         causal: a token sees what is stored before it and itself; False: everything.
         mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key, or
-            None; a mask stands instead of causality.
+            the same as bits, uint8 [new tokens, ceil(seq_len / 8)], the lowest bit of a byte first,
+            or None; a mask stands instead of causality.
         window: of all that, only i - window < j <= i; at least 1.
         positions: int32 [T], from 0, for alibi_slopes and window.
         sinks: float32 [Hq], one more logit in a softmax's denominator, without a value.
@@ -114,7 +115,7 @@ def token_positions(value: Any | None, num_tokens: int) -> np.ndarray | None:
 def packed_mask(
     value: Sequence[Any] | None, plan: Plan
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """All masks as one uint8 array, and int64 [S]: where each starts, -1 for none."""
+    """All masks as bits in one uint8 array, and int64 [S]: where each starts, -1 for none."""
     if value is None:
         return None, None
     count = plan.num_sequences
@@ -124,16 +125,29 @@ def packed_mask(
     parts = []
     size = 0
     shapes = zip(np.diff(plan.query_starts).tolist(), plan.seq_lens.tolist(), strict=True)
-    for s, (entry, shape) in enumerate(zip(value, shapes, strict=True)):
+    for s, (entry, (num_new, seq_len)) in enumerate(zip(value, shapes, strict=True)):
         if entry is None:
             continue
-        array = arrays.from_list(entry, f"mask[{s}]")
-        if array.dtype != np.bool_:
-            raise InvalidType(f"mask[{s}]: expected bool, got {array.dtype}")
-        checks.shape(array.shape, shape, f"mask[{s}]", "[new tokens, seq_len]")
+        bits = _mask_bits(arrays.from_list(entry, f"mask[{s}]"), f"mask[{s}]", num_new, seq_len)
         offsets[s] = size
-        size += array.size
-        parts.append(arrays.dense(array).reshape(-1).view(np.uint8))
+        size += bits.size
+        parts.append(bits.reshape(-1))
     if not parts:
         return None, None
     return parts[0] if len(parts) == 1 else np.concatenate(parts), offsets
+
+
+def _mask_bits(array: np.ndarray, argument: str, num_new: int, seq_len: int) -> np.ndarray:
+    """uint8 [num_new, ceil(seq_len / 8)], dense."""
+    if array.dtype == np.uint8:
+        checks.shape(
+            array.shape,
+            (num_new, -(-seq_len // 8)),
+            argument,
+            "[new tokens, ceil(seq_len / 8)], bits",
+        )
+        return arrays.dense(array)
+    if array.dtype != np.bool_:
+        raise InvalidType(f"{argument}: expected bool, or uint8 bits, got {array.dtype}")
+    checks.shape(array.shape, (num_new, seq_len), argument, "[new tokens, seq_len]")
+    return np.packbits(array, axis=1, bitorder="little")

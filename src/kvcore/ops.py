@@ -82,15 +82,17 @@ def paged_attention(
         query_starts: int32 [S + 1], where each sequence's new tokens start in q.
         scale: s = (q . k) * scale; 1 / sqrt(D) when left out.
         softcap: s = softcap * tanh(s / softcap).
-        alibi_slopes: [Hq]; s -= slope * (i - j), with i the query's position in its sequence
-            and j the key's.
+        alibi_slopes: [Hq]; s -= slope * (i - j), with i where the query stands in its
+            sequence and j where the key does.
         window: a token sees only the last `window` tokens up to its position and including it,
             i - window < j <= i, of all that it would see otherwise. Others are not read.
         causal: False lets every new token see all that its sequence holds.
-        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
-            or None; a mask stands instead of causality.
-        positions: int32 [T], the i of each query for alibi_slopes and window, for trees; where
-            its token is stored when left out. Causality goes by storage order all the same.
+        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key, or
+            the same as bits, uint8 [new tokens, ceil(seq_len / 8)] as from
+            np.packbits(mask, axis=1, bitorder="little"), or None; a mask stands instead of
+            causality.
+        positions: int32 [T], where the new tokens stand for alibi_slopes and window, their keys
+            (the last ones) as well as their queries; where they are stored without it.
         sinks: [Hq], one more logit in each softmax's denominator, with no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         layout: of the blocks.
@@ -156,15 +158,17 @@ def attention(
             is not read.
         scale: s = (q . k) * scale; 1 / sqrt(D) when left out.
         softcap: s = softcap * tanh(s / softcap).
-        alibi_slopes: [Hq]; s -= slope * (i - j), with i the query's position in its sequence
-            and j the key's.
+        alibi_slopes: [Hq]; s -= slope * (i - j), with i where the query stands in its
+            sequence and j where the key does.
         window: a token sees only the last `window` tokens up to its position and including it,
             i - window < j <= i, of all that it would see otherwise. Others are not read.
         causal: False lets every new token see all that its sequence holds.
-        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
-            or None; a mask stands instead of causality.
-        positions: int32 [T], the i of each query for alibi_slopes and window, for trees; where
-            its token is stored when left out. Causality goes by storage order all the same.
+        mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key, or
+            the same as bits, uint8 [new tokens, ceil(seq_len / 8)] as from
+            np.packbits(mask, axis=1, bitorder="little"), or None; a mask stands instead of
+            causality.
+        positions: int32 [T], where the new tokens stand for alibi_slopes and window, their keys
+            (the last ones) as well as their queries; where they are stored without it.
         sinks: [Hq], one more logit in each softmax's denominator, with no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         exact: never take a path whose bits depend on how a prompt was chunked.

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.library import AttendOptions, Plan, Step, i32, ptr
+from core.library import AttendOptions, Step, i32, ptr
 
 SPLIT = 256
 SOURCE = Path(__file__).parents[2] / "src" / "kvcore"
 
 
 class Sight(ct.Structure):
-    _fields_ = [("plan", ct.POINTER(Plan)), ("options", ptr), ("narrowed", ct.c_int)]
+    _fields_ = [("plan", ptr), ("options", ptr), ("narrowed", ct.c_int), ("moved", ct.c_int)]
 
 
 class Share(ct.Structure):
@@ -57,13 +57,13 @@ def search(tmp_path_factory):
     )  # fmt: skip
     library = ct.CDLL(str(target))
     library.kv_shares_nbytes.restype = ct.c_int64
+    library.kv_sight_of.restype = Sight
 
     def find(block_size, tables, lengths, counts=None, group_size=1, **options):
         counts = counts or [1] * len(tables)
         step = Step(block_size, counts, lengths, tables)
         given = AttendOptions(ct.sizeof(AttendOptions), 1.0, **options)
-        narrowed = bool(given.window or given.mask)
-        sight = Sight(ct.pointer(step.plan), ct.addressof(given), narrowed)
+        sight = library.kv_sight_of(ct.byref(step.plan), ct.byref(given))
         memory = np.zeros(library.kv_shares_nbytes(len(tables)), np.uint8)
         shares = Shares()
         library.kv_find_shares(
@@ -143,9 +143,12 @@ def test_options_that_hide_tokens(search):
     tables = [table(range(8), [10 + s]) for s in range(2)]
     assert search(64, tables, [540, 540], window=540) == [([0, 1], 2)]
     assert search(64, tables, [540, 540], window=539) == []
+    places = np.array([538, 100], np.int32)
+    assert search(64, tables, [540, 540], window=540, positions=places.ctypes.data) == []
     # Bottom-right aligned, the first of four new tokens sees 509 of the 512.
     assert search(64, tables, [512, 512], counts=[4, 4]) == [([0, 1], 1)]
-    assert search(64, tables, [513, 513], counts=[4, 4], non_causal=1) == [([0, 1], 2)]
+    assert search(64, tables, [515, 515], counts=[4, 4], non_causal=1) == [([0, 1], 1)]
+    assert search(64, tables, [516, 516], counts=[4, 4], non_causal=1) == [([0, 1], 2)]
 
 
 @given(data=st.data())

@@ -1,5 +1,6 @@
 #include "attend_check.h"
 
+#include "attend_sight.h"
 #include "storage.h"
 
 #include <math.h>
@@ -40,9 +41,9 @@ static kv_status check_option_arrays(const kv_plan *plan, const kv_attend_option
     for (int32_t s = 0; options->mask && s < plan->num_sequences; s++) {
         const int64_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
         const int64_t offset = options->mask_offsets[s];
-        if (offset < -1 ||
-            (offset >= 0 && (offset > options->mask_size ||
-                             num_new * plan->seq_lens[s] > options->mask_size - offset)))
+        if (offset < -1 || (offset >= 0 && (offset > options->mask_size ||
+                                            num_new * kv_mask_row_bytes(plan->seq_lens[s]) >
+                                                options->mask_size - offset)))
             return KV_ERR_RANGE;
     }
     return KV_OK;

@@ -8,7 +8,7 @@ enum { MAX_SEQUENCE_ROWS = 16 /* with more, arithmetic and not reading takes the
 typedef struct candidate {
     int64_t key;
     int32_t sequence;
-    int32_t num_splits; /* that all its rows see whole, and that leave it a token of its own */
+    int32_t num_splits; /* that it could share */
 } candidate;
 
 int64_t kv_shares_nbytes(int32_t num_sequences) {
@@ -29,13 +29,20 @@ static int32_t num_new(const kv_plan *plan, int32_t s) {
     return plan->query_starts[s + 1] - plan->query_starts[s];
 }
 
+/* Splits stored before this call that all rows of the sequence see whole. */
 static int32_t num_whole_splits(const kv_sight *sight, int32_t group_size, int32_t s) {
     const int32_t count = num_new(sight->plan, s);
-    if (count == 0 || (int64_t)count * group_size > MAX_SEQUENCE_ROWS || kv_mask_row(sight, s, 0))
+    if (count == 0 || (int64_t)count * group_size > MAX_SEQUENCE_ROWS)
         return 0;
-    const kv_span first = kv_visible_span(sight, s, 0), last = kv_visible_span(sight, s, count - 1);
-    const int32_t end = first.end < last.end ? first.end : last.end;
-    return first.begin > 0 || last.begin > 0 || end == 0 ? 0 : (end - 1) / KV_SPLIT;
+    int32_t end =
+        sight->plan->seq_lens[s] - count + 1; /* so that a token is left to the sequence */
+    for (int32_t t = 0; t < count; t++) {
+        const kv_view view = kv_look(sight, s, t);
+        if (kv_is_scattered(&view) || view.span.begin > 0)
+            return 0;
+        end = view.span.end < end ? view.span.end : end;
+    }
+    return end > 0 ? (end - 1) / KV_SPLIT : 0;
 }
 
 static int compare(const void *a, const void *b) {

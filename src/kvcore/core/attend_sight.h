@@ -8,6 +8,7 @@ typedef struct kv_sight {
     const kv_plan *plan;
     const kv_attend_options *options;
     int narrowed; /* a mask or a window: what a token sees is not a prefix of what later ones see */
+    int moved;    /* positions are given, and a token does not stand where it is stored */
 } kv_sight;
 
 /* Tokens [begin, end) of a sequence; empty as [0, 0). */
@@ -15,22 +16,32 @@ typedef struct kv_span {
     int32_t begin, end;
 } kv_span;
 
-static inline kv_sight kv_sight_of(const kv_plan *plan, const kv_attend_options *options) {
-    return (kv_sight){plan, options, options->window > 0 || options->mask};
-}
+/* What one new token sees. */
+typedef struct kv_view {
+    kv_span span;          /* holds all of it; all in it is seen unless `mask` or `placed` is set */
+    int64_t position;      /* of the query */
+    const uint8_t *mask;   /* a bit for each key, the lowest of a byte first; NULL: no mask */
+    const int32_t *placed; /* positions of the keys from first_placed on, where they matter to a
+                              window; NULL: keys stand where they are stored */
+    int32_t first_placed, window;
+} kv_view;
 
-/* Where a query stands, by the caller's positions or by storage. */
-int64_t kv_query_position(const kv_sight *sight, int32_t s, int32_t token);
+kv_sight kv_sight_of(const kv_plan *plan, const kv_attend_options *options);
 
-/* The shortest span that holds all that new token `token` of sequence s sees. */
-kv_span kv_visible_span(const kv_sight *sight, int32_t s, int32_t token);
+kv_view kv_look(const kv_sight *sight, int32_t s, int32_t token);
 
-/* The dense mask row of a new token, [seq_len]; NULL for a sequence without a mask. */
-const uint8_t *kv_mask_row(const kv_sight *sight, int32_t s, int32_t token);
+/* Whether a view has gaps. */
+static inline int kv_is_scattered(const kv_view *view) { return view->mask || view->placed; }
 
-/* Sets bit t % 32 of word t / 32 for each token begin + t of a split that is seen, given the
- * token's span and mask row. Returns the end of what is seen, counted from `begin`. */
-int32_t kv_visible_bits(kv_span span, const uint8_t *mask, int32_t begin,
-                        uint32_t words[KV_SPLIT_WORDS]);
+/* Sets bit t % 32 of word t / 32 for each token begin + t of a split that is seen. Returns the end of
+ * what is seen, counted from `begin`. */
+int32_t kv_visible_bits(const kv_view *view, int32_t begin, uint32_t words[KV_SPLIT_WORDS]);
+
+/* Where the keys of a split stand, counted from its first token, into places[KV_SPLIT]. Returns 0,
+ * and sets nothing, when they stand where they are stored. */
+int kv_key_places(const kv_sight *sight, int32_t s, int32_t begin, float *places);
+
+/* Bytes of a mask row over seq_len keys. */
+static inline int64_t kv_mask_row_bytes(int32_t seq_len) { return ((int64_t)seq_len + 7) / 8; }
 
 #endif

@@ -68,15 +68,9 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
     for (int32_t r = 0; r < unit->num_rows; r++) {
         const query_row row = locate_row(call, unit, r);
         load_query(call, &row, t->q + (int64_t)r * call->q_width);
-        if (row.sequence == before.sequence && row.token == before.token) {
-            t->spans[r] = t->spans[r - 1];
-            t->masks[r] = t->masks[r - 1];
-            t->positions[r] = t->positions[r - 1];
-        } else {
-            t->spans[r] = kv_visible_span(&call->sight, row.sequence, row.token);
-            t->masks[r] = kv_mask_row(&call->sight, row.sequence, row.token);
-            t->positions[r] = kv_query_position(&call->sight, row.sequence, row.token);
-        }
+        t->repeats[r] = row.sequence == before.sequence && row.token == before.token;
+        t->views[r] =
+            t->repeats[r] ? t->views[r - 1] : kv_look(&call->sight, row.sequence, row.token);
         if (call->options->alibi_slopes)
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
@@ -111,13 +105,19 @@ void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32
 static int find_visible(const kv_unit *unit, int32_t begin, kv_tile *t) {
     int prefixes = 1;
     for (int32_t r = 0; r < unit->num_rows; r++) {
-        const int32_t end = t->spans[r].end - begin;
+        const kv_view *view = &t->views[r];
+        const int32_t end = view->span.end - begin;
         t->visible[r] = end < 0 ? 0 : end < KV_SPLIT ? end : KV_SPLIT;
-        prefixes &= !t->masks[r] && t->spans[r].begin <= begin &&
+        prefixes &= !kv_is_scattered(view) && view->span.begin <= begin &&
                     (r == 0 || t->visible[r] >= t->visible[r - 1]);
     }
     for (int32_t r = 0; r < unit->num_rows && !prefixes; r++)
-        t->visible[r] = kv_visible_bits(t->spans[r], t->masks[r], begin, t->seen[r]);
+        if (t->repeats[r]) {
+            t->visible[r] = t->visible[r - 1];
+            memcpy(t->seen[r], t->seen[r - 1], sizeof(t->seen[r]));
+        } else {
+            t->visible[r] = kv_visible_bits(&t->views[r], begin, t->seen[r]);
+        }
     return prefixes;
 }
 
@@ -129,8 +129,10 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
         return;
     }
     for (int32_t r = 0; r < unit->num_rows; r++)
-        t->distances[r] = (float)(t->positions[r] - begin);
+        t->distances[r] = (float)(t->views[r].position - begin);
     const int prefixes = find_visible(unit, begin, t);
+    const int moved = call->options->alibi_slopes &&
+                      kv_key_places(&call->sight, unit->sequence, begin, t->places);
     const kv_split_task task = {.q = t->q,
                                 .num_rows = unit->num_rows,
                                 .q_width = call->q_width,
@@ -140,6 +142,7 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
                                 .softcap = call->options->softcap,
                                 .slopes = call->options->alibi_slopes ? t->slopes : NULL,
                                 .distances = t->distances,
+                                .places = moved ? t->places : NULL,
                                 .k_format = call->k->format,
                                 .v_format = call->v->format,
                                 .head_dim = call->k->head_dim,

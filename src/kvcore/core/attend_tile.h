@@ -24,13 +24,13 @@ typedef struct kv_attend_call {
 typedef struct kv_tile {
     float *q, *scores, *decoded;
     kv_partial state, partial;
-    kv_span spans[KV_TILE_ROWS];        /* what a row sees in all */
-    const uint8_t *masks[KV_TILE_ROWS]; /* ... and of that, where not NULL */
-    int32_t visible[KV_TILE_ROWS];      /* the end of what it sees in the split at hand */
+    kv_view views[KV_TILE_ROWS];   /* what a row sees in all */
+    int32_t visible[KV_TILE_ROWS]; /* the end of what it sees in the split at hand */
     uint32_t seen[KV_TILE_ROWS][KV_SPLIT_WORDS];
     float slopes[KV_TILE_ROWS], distances[KV_TILE_ROWS];
-    int64_t positions[KV_TILE_ROWS];
-    kv_split_runs runs[2]; /* of this split and of the next */
+    uint8_t repeats[KV_TILE_ROWS]; /* whether it is of the same token as the row before */
+    float places[KV_SPLIT];        /* where the split's keys stand, if not where they are stored */
+    kv_split_runs runs[2];         /* of this split and of the next */
 } kv_tile;
 
 /* Floats of scratch that a tile of up to num_rows rows takes; with `base`, also hands them out. */

@@ -42,8 +42,9 @@ typedef struct kv_split_task {
                                it sees all before, and `visible` never decreases */
     const uint32_t *seen; /* [num_rows, KV_SPLIT_WORDS] bits of the tokens that it sees, or NULL */
     float softcap;        /* 0: off */
-    const float *slopes;  /* [num_rows] s -= slope * (distance - token of the split), or NULL */
+    const float *slopes;  /* [num_rows] s -= slope * (distance - place), or NULL */
     const float *distances; /* [num_rows] the query's position less the split's first token's */
+    const float *places;    /* [KV_SPLIT] the same of the keys, or NULL where they stand in order */
     kv_format k_format, v_format;
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;

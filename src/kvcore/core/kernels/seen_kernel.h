@@ -127,8 +127,9 @@ static void kv_adjust_row(const kv_split_task *task, int32_t r) {
     if (task->slopes) {
         const kv_vec slope = kv_broadcast(-task->slopes[r]);
         for (int32_t j = 0; j < count; j += KV_LANES) {
-            const kv_vec token = kv_add(kv_broadcast((float)j), kv_load(ramp));
-            const kv_vec distance = kv_sub(kv_broadcast(task->distances[r]), token);
+            const kv_vec place = task->places ? kv_load(task->places + j)
+                                              : kv_add(kv_broadcast((float)j), kv_load(ramp));
+            const kv_vec distance = kv_sub(kv_broadcast(task->distances[r]), place);
             kv_store(scores + j, kv_fma(slope, distance, kv_load(scores + j)));
         }
     }

@@ -259,8 +259,8 @@ KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int3
                          int32_t start, int32_t stop, const kv_rows *out);
 
 /* In the order in which they act. A struct_size that ends before a field leaves that option off, as
- * 0 and NULL do; scale and exact are required. i is a query's position: positions[t], or else where
- * its token stands in its sequence, counted from 0; j is where a key's token stands. */
+ * 0 and NULL do; scale and exact are required. i is a query's position and j a key's: positions[t]
+ * for those of the plan's new tokens, or else where the token is stored, counted from 0. */
 typedef struct kv_attend_options {
     size_t struct_size;
     float scale;   /* s = (q . k) * scale */
@@ -270,10 +270,11 @@ typedef struct kv_attend_options {
     float softcap;             /* s = softcap * tanh(s / softcap); 0: off */
     const float *alibi_slopes; /* [Hq] s -= slope * (i - j) */
     const int32_t *positions;  /* [T], from 0: for alibi_slopes and window */
-    const uint8_t *mask;       /* mask_size bytes, 0: not seen */
+    const uint8_t *mask;       /* mask_size bytes. A new token has a row of (seq_len + 7) / 8 bytes,
+                                  with bit j % 8 of byte j / 8 set if it sees key j */
     int64_t mask_size;
-    const int64_t *mask_offsets; /* [S] where the dense [new tokens, seq_len] mask of a sequence
-                                    starts, which stands instead of causality; -1: it has none */
+    const int64_t *mask_offsets; /* [S] the byte where a sequence's rows start, which stand instead
+                                    of causality; -1: it has none */
     const float *sinks; /* [Hq] one more logit in the softmax's denominator, with no value */
 } kv_attend_options;
 
