@@ -20,7 +20,7 @@ export CPATH := $(HEADERS)/python3:$(HEADERS)$(if $(CPATH),:$(CPATH))
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench clean distclean
+.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench bench-peers bench-curves clean distclean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -61,6 +61,18 @@ format: $(STAMPS)/extra-lint ## let the tools format Python and C
 
 bench: $(STAMPS)/build $(STAMPS)/extra-bench ## measure this machine, then append and attend
 	@$(BIN)/python -m bench $(ARGS)
+
+# What holds each library to the instructions that ISA names, as far as it can be held.
+HELD_avx2 := KVCORE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+HELD = $(if $(ISA),$(or $(HELD_$(ISA)),$(error ISA: avx2 or nothing expected, got $(ISA))))
+
+bench-peers: $(STAMPS)/build $(STAMPS)/extra-bench-peers ## attend beside other libraries (fetches them); ISA=avx2
+	@$(HELD) $(BIN)/python -m bench --cases decode,prefill --no-control \
+		--peers torch,torch-matmul,torch-flex,onnxruntime,openvino $(ARGS)
+
+bench-curves: $(STAMPS)/build $(STAMPS)/extra-bench ## draw time against context into docs/images
+	@$(BIN)/python -m bench curves $(ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist src/*.egg-info src/kvcore/lib $(STAMPS)/build

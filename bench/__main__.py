@@ -1,25 +1,32 @@
-"""python -m bench: measures the machine, then append and attend beside the peers."""
+"""python -m bench: measures the machine, then append and attend beside the peers.
+
+`python -m bench curves` draws time against context instead.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import kvcore
-from bench import control, peers, report
-from bench.cases import CASES, FORMATS
+from bench import control, curves, peers, report
+from bench.arguments import names, positive
+from bench.cases import CASES, FORMATS, KINDS
 from bench.machine import Pinning, affinity, describe, l3_bytes, out_dir
 from bench.roof import Limits, Roof
 from bench.suite import Row, Settings, load_peers, run_case
 
 QUICK_CASES = ("decode-4k", "decode-smollm2", "append-128")
 QUICK_FORMATS = ("fp32", "bf16")
+QUICK_PEERS = ("numpy", "torch")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["curves"]:
+        return curves.main(argv[1:])
     arguments = _parse(argv)
     if arguments.list:
         for case in CASES.values():
@@ -45,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     roof = Roof(num_threads)
     for name in arguments.cases:
         for kv_format in arguments.formats:
-            new_rows = run_case(CASES[name], kv_format, present, roof, settings)
-            _print(report.case_lines(CASES[name], kv_format, new_rows))
-            rows += new_rows
-    costs = control.run(20 if arguments.quick else 300)
+            result = run_case(CASES[name], kv_format, present, roof, settings)
+            _print(report.case_lines(CASES[name], kv_format, result, limits[-1]))
+            rows += result.rows
+            absent |= {f"{peer} at {name}, {kv_format}": x for peer, x in result.absent.items()}
+    _print(report.best_peer_lines(rows))
+    costs = [] if arguments.no_control else control.run(20 if arguments.quick else 300)
     _print(report.control_lines(costs))
     if arguments.quick:
         print("quick: data comes from the CPU's caches and few steps are timed; do not quote these")
@@ -67,44 +76,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--cases", type=_names(CASES), help="comma-separated; --list names them")
-    parser.add_argument("--formats", type=_names(FORMATS), help=f"of {','.join(FORMATS)}")
     parser.add_argument(
-        "--peers", type=_names(peers.NAMES), default=list(peers.NAMES), help="default: all"
+        "--cases",
+        type=names(CASES, KINDS),
+        help=f"comma-separated; --list names them, and {', '.join(KINDS)} are all of a kind",
     )
-    parser.add_argument("--threads", type=_positive, help="default: what kvcore would use")
+    parser.add_argument("--formats", type=names(FORMATS), help=f"of {','.join(FORMATS)}")
+    parser.add_argument(
+        "--peers",
+        type=names(peers.NAMES),
+        help=f"of {','.join(peers.NAMES)}; default: all that are installed",
+    )
+    parser.add_argument("--threads", type=positive, help="default: what kvcore would use")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="for each peer, case and format (1)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="default: a file in bench/out")
     parser.add_argument("--quick", action="store_true", help="a smoke test of well under a minute")
+    parser.add_argument("--no-control", action="store_true", help="leave out what the books cost")
     parser.add_argument("--list", action="store_true", help="list the cases")
     arguments = parser.parse_args(argv)
-    arguments.cases = arguments.cases or list(QUICK_CASES if arguments.quick else CASES)
+    arguments.cases = _expand(arguments.cases or (QUICK_CASES if arguments.quick else CASES))
     arguments.formats = arguments.formats or list(QUICK_FORMATS if arguments.quick else FORMATS)
+    arguments.peers = arguments.peers or list(QUICK_PEERS if arguments.quick else peers.NAMES)
     return arguments
 
 
-def _names(known: Collection[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"one or more of {', '.join(known)} expected, got {', '.join(unknown)}"
-            )
-        return names
-
-    return parse
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 expected, got {value}")
-    return value
+def _expand(names: Collection[str]) -> list[str]:
+    """Names of cases, for a kind those of all its cases."""
+    return [
+        case.name for name in names for case in CASES.values() if name in (case.name, case.kind)
+    ]
 
 
 def _limits(num_threads: int, quick: bool) -> list[Limits]:
@@ -118,8 +122,9 @@ def _limits(num_threads: int, quick: bool) -> list[Limits]:
 
 
 def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines), end="\n\n", flush=True)
+    if lines:
+        print("\n".join(lines), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,8 @@ import numpy as np
 import kvcore
 
 FORMATS = ("fp32", "fp16", "bf16")
+KINDS = ("decode", "prefill", "append")
+DEFAULT_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Case:
         stored: tokens that each sequence has in the cache before the step.
         new: new tokens of each sequence.
         num_heads, num_kv_heads, head_dim: Hq, H and D.
+        block_size: B of kvcore's cache.
+        shared: tokens at the start of every sequence that are the same, and that kvcore holds
+            once. For kind "decode".
     """
 
     name: str
@@ -31,6 +36,8 @@ class Case:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    block_size: int = DEFAULT_BLOCK_SIZE
+    shared: int = 0
 
     @property
     def seq_lens(self) -> tuple[int, ...]:
@@ -53,14 +60,21 @@ class Case:
             num_layers=num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            block_size=self.block_size,
             k_format=kv_format,
             v_format=kv_format,
         )
 
     def kv_bytes(self, kv_format: str) -> int:
         """Bytes of K and V that the call must read, or for an append write."""
-        tokens = self.num_tokens if self.kind == "append" else sum(self.seq_lens)
-        return tokens * self.spec(kv_format).bytes_per_token
+        return self.touched_tokens * self.spec(kv_format).bytes_per_token
+
+    @property
+    def touched_tokens(self) -> int:
+        """Tokens of which the call must read, or for an append write, K and V; shared ones once."""
+        if self.kind == "append":
+            return self.num_tokens
+        return sum(self.seq_lens) - self.shared * (len(self.seq_lens) - 1)
 
     @property
     def flops(self) -> int:
@@ -73,13 +87,16 @@ class Case:
     @property
     def description(self) -> str:
         heads = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
+        if self.block_size != DEFAULT_BLOCK_SIZE:
+            heads += f", blocks of {self.block_size}"
         lengths, count = _span(self.seq_lens), len(self.new)
         if self.kind == "append":
             return (
                 f"append {_span(self.new)} new to each of {count} x {_span(self.stored)}, {heads}"
             )
         if self.kind == "decode":
-            return f"decode, batch {count}, contexts {lengths}, {heads}"
+            sharing = f", {self.shared} tokens shared" if self.shared else ""
+            return f"decode, batch {count}, contexts {lengths}{sharing}, {heads}"
         return f"prefill, {_span(self.new)} new on {_span(self.stored)} stored, {heads}"
 
 
@@ -88,8 +105,9 @@ def _span(values: tuple[int, ...]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _decode(name: str, seq_lens: list[int], **heads: int) -> Case:
-    return Case(name, "decode", tuple(n - 1 for n in seq_lens), (1,) * len(seq_lens), **heads)
+def decode(name: str, seq_lens: list[int], **sizes: int) -> Case:
+    """One new token for each sequence; `seq_lens` count it."""
+    return Case(name, "decode", tuple(n - 1 for n in seq_lens), (1,) * len(seq_lens), **sizes)
 
 
 def _append(name: str, num_sequences: int, stored: int, num_new: int) -> Case:
@@ -101,11 +119,15 @@ _RAGGED = np.random.default_rng(20).integers(256, 4097, 16).tolist()
 CASES = {
     case.name: case
     for case in (
-        _decode("decode-4k", [4096]),
-        _decode("decode-32k", [32768]),
-        _decode("decode-ragged", _RAGGED),
-        _decode("decode-mha", [2048] * 8, num_kv_heads=32),
-        _decode("decode-smollm2", [2048] * 8, num_heads=9, num_kv_heads=3, head_dim=64),
+        decode("decode-4k", [4096]),
+        decode("decode-32k", [32768]),
+        decode("decode-ragged", _RAGGED),
+        decode("decode-mha", [2048] * 8, num_kv_heads=32),
+        decode("decode-mha-1024", [2048] * 8, num_kv_heads=32, block_size=1024),
+        decode("decode-gqa8", [32768], num_kv_heads=4),
+        decode("decode-smollm2", [2048] * 8, num_heads=9, num_kv_heads=3, head_dim=64),
+        decode("decode-shared", [4097] * 8, shared=4096),
+        decode("decode-shared-mha", [4097] * 8, shared=4096, num_kv_heads=32),
         Case("prefill-2k", "prefill", (0,), (2048,)),
         Case("prefill-chunk", "prefill", (8192,), (512,)),
         _append("append-1", 1, 63, 1),
@@ -136,11 +158,12 @@ class Data:
         def normal(tokens: int, heads: int) -> np.ndarray:
             return rng.standard_normal((tokens, heads, case.head_dim), np.float32)
 
-        return cls(
-            q=normal(case.num_tokens, case.num_heads),
-            k=[normal(n, case.num_kv_heads) for n in case.seq_lens],
-            v=[normal(n, case.num_kv_heads) for n in case.seq_lens],
-        )
+        def rows() -> list[np.ndarray]:
+            prefix = normal(case.shared, case.num_kv_heads)
+            own = (normal(n - case.shared, case.num_kv_heads) for n in case.seq_lens)
+            return [np.concatenate([prefix, part]) if case.shared else part for part in own]
+
+        return cls(q=normal(case.num_tokens, case.num_heads), k=rows(), v=rows())
 
     def new(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
         """K and V of the new tokens, [T, H, D]."""

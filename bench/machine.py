@@ -6,15 +6,24 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import kvcore
 
-DEFAULT_L3_BYTES = 32 << 20
-PACKAGES = ("kvcore", "numpy", "ml_dtypes", "torch")
+DEFAULT_L2_BYTES, DEFAULT_L3_BYTES = 1 << 20, 32 << 20
+PACKAGES = ("kvcore", "numpy", "ml_dtypes", "torch", "onnxruntime", "openvino")
+
+#: Environment variables that hold libraries back to older instructions; see the Makefile.
+ISA_VARIABLES = (
+    "KVCORE_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "OPENBLAS_CORETYPE",
+)
 
 
 @cache
@@ -33,13 +42,22 @@ def out_dir() -> Path:
 
 
 @cache
+def l2_bytes() -> int:
+    """Bytes of a core's second level cache."""
+    return _cache_bytes(2) or DEFAULT_L2_BYTES
+
+
+@cache
 def l3_bytes() -> int:
     """Bytes of the last level cache."""
-    for index in (3, 2):
-        file = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size")
-        with contextlib.suppress(OSError, ValueError):
-            return int(file.read_text().strip().removesuffix("K")) << 10
-    return DEFAULT_L3_BYTES
+    return _cache_bytes(3) or _cache_bytes(2) or DEFAULT_L3_BYTES
+
+
+def _cache_bytes(index: int) -> int | None:
+    file = Path(f"/sys/devices/system/cpu/cpu0/cache/index{index}/size")
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text().strip().removesuffix("K")) << 10
+    return None
 
 
 def describe() -> dict[str, Any]:
@@ -54,6 +72,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu_features": list(kvcore.cpu_features()),
         "isa": kvcore.get_isa(),
+        "isa_variables": {name: os.environ[name] for name in ISA_VARIABLES if name in os.environ},
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
@@ -78,6 +97,20 @@ class Pinning:
     def __exit__(self, *exception: object) -> None:
         if self._possible:
             os.sched_setaffinity(0, affinity())
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, the caller may run anywhere, and threads that come are left to the system."""
+        if not self._possible:
+            yield
+            return
+        self.place_new_threads()
+        os.sched_setaffinity(0, affinity())
+        try:
+            yield
+        finally:
+            self._known = _tasks()
+            os.sched_setaffinity(0, self._cpus[:1])
 
     def place_new_threads(self) -> None:
         """Call it after a peer's first run: spreads the threads that have come since the last."""

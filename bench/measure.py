@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import NamedTuple
@@ -42,7 +43,13 @@ class Cursor:
 
 
 class Task:
-    """One peer at one case. `run` does one layer and is timed; `prepare` comes before it."""
+    """One peer at one case. `run` does one layer and is timed; `prepare` comes before it.
+
+    Attributes:
+        pinned: the task's threads, the caller included, keep to their CPUs.
+    """
+
+    pinned = True
 
     def prepare(self) -> None:
         """Moves on to the next layer, so that no run finds its data in the CPU's caches."""
@@ -144,7 +151,8 @@ def measure(
                 first = number % len(names)
                 for name in names[first:] + names[:first]:
                     time.sleep(SETTLE_SECONDS)  # the last peer's threads may still be spinning
-                    samples[name].add(_burst(tasks[name], bursts[name], waits))
+                    with _placed(tasks[name], pinning):
+                        samples[name].add(_burst(tasks[name], bursts[name], waits))
                 starved = any(sample.is_contended for sample in samples.values())
                 budget = seconds * len(names) * (2 if starved else 1)
                 if number + 1 >= min_rounds and time.perf_counter() - start > budget:
@@ -156,15 +164,21 @@ def measure(
 
 def _warm_up(task: Task, pinning: Pinning) -> int:
     """Starts the task's threads; returns how many steps a burst takes."""
-    for _ in range(2):
+    with _placed(task, pinning):
+        for _ in range(2):
+            task.prepare()
+            task.run()
+            if task.pinned:
+                pinning.place_new_threads()
         task.prepare()
+        start = time.perf_counter()
         task.run()
-        pinning.place_new_threads()
-    task.prepare()
-    start = time.perf_counter()
-    task.run()
-    once = time.perf_counter() - start
+        once = time.perf_counter() - start
     return max(1, min(MAX_BURST, int(BURST_SECONDS / max(once, 1e-6))))
+
+
+def _placed(task: Task, pinning: Pinning) -> AbstractContextManager[object]:
+    return nullcontext() if task.pinned else pinning.lifted()
 
 
 def _burst(task: Task, count: int, waits: Waits) -> list[Timing]:

@@ -10,11 +10,11 @@ from typing import Any
 from bench.cases import Case
 from bench.control import Cost
 from bench.roof import Limits
-from bench.suite import Row
+from bench.suite import Result, Row
 
 HEADER = (
-    f"  {'peer':<10}{'ms':>10}{'p10':>10}{'GB/s':>9}{'GFLOP/s':>9}{'floor ms':>10}{'of limit':>10}"
-    f"{'x kvcore':>10}  {'steps':>5}"
+    f"  {'peer':<14}{'ms':>10}{'p10':>10}{'GB/s':>9}{'GFLOP/s':>9}{'floor ms':>10}{'of limit':>10}"
+    f"{'x kvcore':>10}{'error':>10}  {'steps':>5}"
 )
 
 
@@ -26,22 +26,35 @@ def machine_lines(hardware: Mapping[str, Any], limits: Iterable[Limits], threads
         versions,
     ]
     lines += [
-        f"limit of {x.num_threads} thread{'s' * (x.num_threads > 1)}: reads {x.read_gbs:.1f} GB/s, "
-        f"{x.fma_gflops:.0f} GFLOP/s of float32 fma"
+        f"limit of {x.num_threads} thread{'s' * (x.num_threads > 1)}: reads {x.read_gbs:.1f} GB/s "
+        f"({x.l2_gbs:.0f} from L2), {x.fma_gflops:.0f} GFLOP/s of float32 fma"
         for x in limits
     ]
     return lines
 
 
-def case_lines(case: Case, kv_format: str, rows: list[Row]) -> list[str]:
+def case_lines(case: Case, kv_format: str, result: Result, limits: Limits) -> list[str]:
+    """A table of one case in one format.
+
+    Args:
+        limits: those of the threads that were measured.
+    """
     what = "writes" if case.kind == "append" else "reads"
-    lines = [
-        f"{case.name}, {kv_format}: {case.description}; "
-        f"{what} {case.kv_bytes(kv_format) / 1e6:.3g} MB"
-        + (f", {case.flops / 1e9:.3g} GFLOP" if case.kind == "prefill" else ""),
-        HEADER,
-    ]
-    return lines + [_row_line(row) for row in rows]
+    head = f"{case.name}, {kv_format}: {case.description}; {what} {_megabytes(case, kv_format)}"
+    if case.kind == "prefill":
+        head += f", {case.flops / 1e9:.3g} GFLOP"
+    regime = result.rows[0].regime
+    if regime:
+        head += f" from {regime} memory"
+    lines = [head, HEADER, *(_row_line(row) for row in result.rows)]
+    lines += [f"  without {name}: {reason}" for name, reason in result.absent.items()]
+    if case.shared:
+        lines.append(_sharing_line(case, result.rows, limits))
+    return lines
+
+
+def _megabytes(case: Case, kv_format: str) -> str:
+    return f"{case.kv_bytes(kv_format) / 1e6:.3g} MB"
 
 
 def _row_line(row: Row) -> str:
@@ -49,17 +62,53 @@ def _row_line(row: Row) -> str:
     gbs = "" if gflops else f"{row.gbs:.1f}"
     share = "" if row.peer == "roof" else f"{row.share:.1%}"
     times = "" if row.peer == "kvcore" else f"{row.times_kvcore:.2f}"
+    error = "" if row.error is None else f"{row.error:.1e}"
     notes = "  contended" if row.contended else ""
     return (
-        f"  {row.peer:<10}{row.ms:>10.4g}{row.ms_p10:>10.4g}{gbs:>9}{gflops:>9}"
-        f"{row.floor_ms:>10.4g}{share:>10}{times:>10}  {row.steps:>5}{notes}"
+        f"  {row.peer:<14}{row.ms:>10.4g}{row.ms_p10:>10.4g}{gbs:>9}{gflops:>9}"
+        f"{row.floor_ms:>10.4g}{share:>10}{times:>10}{error:>10}  {row.steps:>5}{notes}"
     )
 
 
+def _sharing_line(case: Case, rows: Iterable[Row], limits: Limits) -> str:
+    """What is gained by reading shared tokens once, and what could be.
+
+    Each sequence has to see them, if not from memory, then from a core's cache.
+    """
+    by_peer = {row.peer: row for row in rows}
+    gain, memory_gbs = by_peer["kvcore-private"].times_kvcore, by_peer["roof"].gbs
+    bound = min(len(case.new), limits.l2_gbs / memory_gbs)
+    return (
+        f"  sharing gains {gain:.2f}x of at most {bound:.2f}x ({gain / bound:.0%}): "
+        f"{len(case.new)} sequences, L2 reads {limits.l2_gbs:.0f} GB/s, memory {memory_gbs:.1f}"
+    )
+
+
+def best_peer_lines(rows: Iterable[Row]) -> list[str]:
+    """For each case and format kvcore beside the fastest of the peers."""
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row.case, row.kv_format), []).append(row)
+    lines = []
+    for (case, kv_format), group in cases.items():
+        others = [row for row in group if row.peer != "roof" and not row.peer.startswith("kvcore")]
+        if not others:
+            continue
+        own, best = group[0], min(others, key=lambda row: row.times_kvcore)
+        notes = "  contended" if own.contended or best.contended else ""
+        lines.append(
+            f"  {case:<16}{kv_format:<6}{own.regime or '':<6}{own.share:>8.1%}"
+            f"  {best.peer:<14}{best.share:>8.1%}{best.times_kvcore:>10.2f}{notes}"
+        )
+    if not lines:
+        return []
+    head = f"  {'case':<28}{'kvcore':>8}  {'best peer':<14}{'':>8}{'x kvcore':>10}"
+    return ["kvcore and the best peer, each of the limit:", head, *lines]
+
+
 def control_lines(costs: Iterable[Cost]) -> list[str]:
-    return ["What a call costs, Python included, one thread:"] + [
-        f"  {cost.us:>9.1f} us  {cost.name}" for cost in costs
-    ]
+    lines = [f"  {cost.us:>9.1f} us  {cost.name}" for cost in costs]
+    return ["What a call costs, Python included, one thread:", *lines] if lines else []
 
 
 def write_json(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from bench import peers
 from bench.cases import Case, Data
 from bench.machine import Pinning, l3_bytes
 from bench.measure import Samples, Task, measure, ratio
-from bench.peers import Prepare, Workload
+from bench.peers import Peer, Workload
 from bench.peers import kvcore as kvcore_peer
+from bench.reference import Reference
 from bench.roof import Roof
 
-#: How far a peer may lie from kvcore, rms over rms. Torch computes in the cache's dtype.
+#: How wrong an answer may be, rms over rms. Some peers compute in the cache's dtype.
 MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2}
 
-MAX_APPEND_LAYERS = 64
+#: GB/s of two threads under which memory is called slow. On some machines the pages that a buffer
+#: got decide between about 35 and 55 to 60, and what share of it a kernel can reach.
+SLOW_GBS = 45.0
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Row:
         gflops: for a prefill, visible flops over the time.
         floor_ms: what the machine's limit took in the same rounds: reading as many bytes, or for a
             prefill doing as many flops.
+        regime: for a decode, "slow" or "fast" memory; see `SLOW_GBS`.
         share: the limit's time over this one's; see `measure.ratio`.
         times_kvcore: this peer's time over kvcore's, likewise.
-        error: distance from kvcore's answer, rms over rms.
+        error: distance from the answer in float64, rms over rms; see `reference.py`.
         steps, disturbed: timed steps, and those left out because others held the CPUs.
         contended: too few undisturbed steps, so that all count.
         layers: copies of the cache that the steps walked through.
@@ -50,6 +53,7 @@ class Row:
     gbs: float
     gflops: float | None
     floor_ms: float
+    regime: str | None
     share: float
     times_kvcore: float
     error: float | None
@@ -87,29 +91,39 @@ class Settings:
         return cls(num_threads, seconds=0.1, min_rounds=2, max_rounds=3)
 
 
+class Result(NamedTuple):
+    """Attributes:
+    rows: of kvcore, of each peer and of the machine's limit ("roof").
+    absent: peers that cannot do this case here, and why.
+    """
+
+    rows: list[Row]
+    absent: dict[str, str]
+
+
 def run_case(
-    case: Case, kv_format: str, prepares: Mapping[str, Prepare], roof: Roof, settings: Settings
-) -> list[Row]:
-    """Rows of kvcore, of each peer and of the machine's limit ("roof").
+    case: Case, kv_format: str, present: Mapping[str, Peer], roof: Roof, settings: Settings
+) -> Result:
+    """Measures kvcore beside the peers that are present.
 
     Raises:
-        RuntimeError: a peer's answer is not kvcore's.
+        RuntimeError: an answer is wrong.
     """
     workload = Workload(
         case=case,
         kv_format=kv_format,
         data=Data.random(case),
-        num_layers=_num_layers(case, kv_format, settings.cold_bytes),
         num_threads=settings.num_threads,
+        cold_bytes=settings.cold_bytes,
     )
+    # The peers would hold shared tokens once for each sequence: what decode-4k shows of them.
+    beside = {} if case.shared else present
     tasks: dict[str, Task] = {}
     with Pinning(settings.num_threads) as pinning:
         try:
             tasks |= kvcore_peer.prepare(workload, roof)
-            for prepare in prepares.values():
-                tasks |= prepare(workload)
-                pinning.place_new_threads()
-            errors = _compare(tasks, MAX_ERROR[kv_format], f"{case.name} {kv_format}")
+            absent = _prepare(beside, workload, tasks, pinning)
+            errors = _check(tasks, workload, pinning)
             samples = measure(
                 tasks,
                 pinning,
@@ -120,13 +134,11 @@ def run_case(
         finally:
             for task in tasks.values():
                 task.close()
-    return [
-        _row(workload, name, samples, errors.get(name))
-        for name in sorted(samples, key=lambda name: (name == "roof", name != "kvcore"))
-    ]
+    names = sorted(samples, key=lambda name: (name == "roof", not name.startswith("kvcore")))
+    return Result([_row(workload, name, samples, errors.get(name)) for name in names], absent)
 
 
-def load_peers(names: list[str]) -> tuple[dict[str, Prepare], dict[str, str]]:
+def load_peers(names: list[str]) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that are here, and for the others why not."""
     present, absent = {}, {}
     for name in names:
@@ -137,24 +149,37 @@ def load_peers(names: list[str]) -> tuple[dict[str, Prepare], dict[str, str]]:
     return present, absent
 
 
-def _num_layers(case: Case, kv_format: str, cold_bytes: int) -> int:
-    layers = max(2, -(-cold_bytes // case.kv_bytes(kv_format)))
-    return min(layers, MAX_APPEND_LAYERS) if case.kind == "append" else layers
+def _prepare(
+    present: Mapping[str, Peer], workload: Workload, tasks: dict[str, Task], pinning: Pinning
+) -> dict[str, str]:
+    """Adds the peers' tasks; returns the peers that cannot do the case, and why."""
+    absent = {}
+    for name, peer in present.items():
+        with nullcontext() if peer.pinned else pinning.lifted():
+            try:
+                tasks |= peer.prepare(workload)
+            except peers.PeerAbsent as reason:
+                absent[name] = str(reason)
+        pinning.place_new_threads()
+    return absent
 
 
-def _compare(tasks: Mapping[str, Task], limit: float, what: str) -> dict[str, float]:
-    """Each peer's distance from kvcore's answer."""
-    reference = tasks["kvcore"].output()
-    errors: dict[str, float] = {}
+def _check(tasks: Mapping[str, Task], workload: Workload, pinning: Pinning) -> dict[str, float]:
+    """Each answer's distance from the true one."""
+    if workload.case.kind == "append":
+        return {}
+    reference = Reference(workload.case, workload.data)
+    limit, errors = MAX_ERROR[workload.kv_format], {}
     for name, task in tasks.items():
-        output = None if name == "kvcore" else task.output()
-        if output is None or reference is None:
+        with nullcontext() if task.pinned else pinning.lifted():
+            output = task.output()
+        if output is None:
             continue
-        errors[name] = float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
+        errors[name] = reference.error(output)
         if not errors[name] <= limit:
             raise RuntimeError(
-                f"{what}: the answers of {name} and kvcore differ by {errors[name]:.1e} (rms over "
-                f"rms), at most {limit:.0e} expected"
+                f"{workload.case.name} {workload.kv_format}: the answer of {name} is wrong by "
+                f"{errors[name]:.1e} (rms over rms), at most {limit:.0e} expected"
             )
     return errors
 
@@ -173,6 +198,7 @@ def _row(workload: Workload, name: str, samples: Mapping[str, Samples], error: f
         gbs=kv_bytes / own.median / 1e9,
         gflops=case.flops / own.median / 1e9 if case.kind == "prefill" else None,
         floor_ms=roof.median * 1e3,
+        regime=_regime(case, kv_bytes / roof.median / 1e9),
         share=ratio(roof, own),
         times_kvcore=ratio(own, samples["kvcore"]),
         error=error,
@@ -181,3 +207,9 @@ def _row(workload: Workload, name: str, samples: Mapping[str, Samples], error: f
         contended=own.is_contended,
         layers=workload.num_layers,
     )
+
+
+def _regime(case: Case, read_gbs: float) -> str | None:
+    if case.kind != "decode":
+        return None
+    return "slow" if read_gbs < SLOW_GBS else "fast"

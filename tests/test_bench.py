@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bench import curves, report
 from bench.cases import CASES, FORMATS, Case, Data
-from bench.machine import Pinning
+from bench.machine import Pinning, affinity
 from bench.measure import Cursor, Samples, Task, Timing, measure, ratio
-from bench.roof import Roof
-from bench.suite import Settings, load_peers, run_case
+from bench.peers import NAMES, Peer
+from bench.reference import Reference
+from bench.roof import Limits, Roof
+from bench.suite import Row, Settings, load_peers, run_case
 
+import attention_oracle
 import kvcore
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +32,16 @@ SMALL = [
     Case("chunk", "prefill", (100,), (33,), num_heads=4, num_kv_heads=2, head_dim=16),
     Case("append", "append", (9, 9), (20, 20), num_kv_heads=2, head_dim=16),
 ]
+
+#: Whether a peer takes part in a case.
+OFFERS = {
+    "numpy": lambda case, kv_format: True,
+    "torch": lambda case, kv_format: True,
+    "torch-matmul": lambda case, kv_format: case.kind == "decode",
+    "torch-flex": lambda case, kv_format: case.kind != "append",
+    "onnxruntime": lambda case, kv_format: case.kind != "append" and kv_format != "bf16",
+    "openvino": lambda case, kv_format: case.kind != "append",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +74,18 @@ def test_bytes_and_flops_by_counting(case):
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("kv_format", FORMATS)
-@pytest.mark.parametrize("peer", ["numpy", "torch"])
+@pytest.mark.parametrize("peer", ["numpy", "torch", "torch-matmul", "onnxruntime", "openvino"])
 def test_peers_agree_and_every_task_gets_a_row(case, kv_format, peer, roof, settings):
     present, absent = load_peers([peer])
     if absent:
         pytest.skip(absent[peer])
-    rows = {row.peer: row for row in run_case(case, kv_format, present, roof, settings)}
+    result = run_case(case, kv_format, present, roof, settings)
+    if result.absent:
+        pytest.skip(result.absent[peer])
+    rows = {row.peer: row for row in result.rows}
+    if not OFFERS[peer](case, kv_format):
+        assert rows.keys() == {"kvcore", "roof"}
+        return
     assert {"kvcore", peer, "roof"} <= rows.keys()
     for row in rows.values():
         assert row.ms > 0 and row.gbs > 0 and row.layers == 2
@@ -71,6 +93,93 @@ def test_peers_agree_and_every_task_gets_a_row(case, kv_format, peer, roof, sett
         assert math.isclose(row.floor_ms, rows["roof"].ms)
     assert rows["kvcore"].times_kvcore == rows["roof"].share == 1.0
     assert (rows[peer].error is None) == (case.kind == "append")
+
+
+@pytest.mark.slow  # compiles C++ for every case
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_flex_attention_agrees(case, roof, settings):
+    test_peers_agree_and_every_task_gets_a_row(case, "fp32", "torch-flex", roof, settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peer_that_is_not_installed_says_so(name, monkeypatch):
+    packages = ("threadpoolctl", "torch", "onnx", "onnxruntime", "openvino")
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    for module in [module for module in sys.modules if module.startswith("bench.peers.")]:
+        monkeypatch.delitem(sys.modules, module)
+    present, absent = load_peers([name])
+    assert not present and "is not installed: pip install" in absent[name]
+
+
+@pytest.mark.parametrize("case", SMALL[:4], ids=lambda case: case.name)
+def test_reference_is_attention_by_the_formula(case):
+    data = Data.random(case, seed=3)
+    starts = case.query_starts
+    exact = np.concatenate(
+        [
+            attention_oracle.attention(data.q[starts[s] : starts[s + 1]], k, v).out
+            for s, (k, v) in enumerate(zip(data.k, data.v, strict=True))
+        ]
+    )
+    reference = Reference(case, data)
+    assert reference.error(exact) < 1e-12
+    exact[-1, 0] *= 1.5
+    assert reference.error(exact) > 1e-3
+
+
+def test_shared_tokens_are_stored_and_counted_once(roof, settings):
+    case = Case(
+        "shared", "decode", (149, 149, 163), (1,) * 3, num_heads=4, num_kv_heads=2, head_dim=16,
+        shared=130,
+    )  # fmt: skip
+    assert case.touched_tokens == 130 + 20 + 20 + 34
+    assert case.flops == replace(case, shared=0).flops
+    data = Data.random(case)
+    assert all(np.array_equal(rows[:130], data.k[0][:130]) for rows in data.k)
+    assert not np.array_equal(data.k[1][130:], data.k[0][130:])
+    result = run_case(case, "fp32", {}, roof, settings)
+    rows = {row.peer: row for row in result.rows}
+    assert rows.keys() == {"kvcore", "kvcore-private", "roof"}
+    assert rows["kvcore"].error == rows["kvcore-private"].error < 1e-6
+    limits = Limits(1, read_gbs=10.0, l2_gbs=2.5 * rows["roof"].gbs, fma_gflops=1.0)
+    gain = rows["kvcore-private"].times_kvcore
+    assert (
+        f"gains {gain:.2f}x of at most 2.50x" in report.case_lines(case, "fp32", result, limits)[-1]
+    )
+
+
+def test_the_best_peer_is_the_fastest_one():
+    def row(peer, times_kvcore, share, **changes):
+        row = Row("c", "decode", "fp16", peer, 1, 1, 1, 1, None, 1, "slow", share, times_kvcore,
+                  None, 9, 0, False, 2)  # fmt: skip
+        return replace(row, **changes)
+
+    rows = [row("kvcore", 1, 0.8), row("kvcore-private", 0.5, 0.9), row("a", 3.0, 0.2)]
+    rows += [row("b", 2.5, 0.3, contended=True), row("roof", 0.8, 1.0)]
+    (line,) = report.best_peer_lines(rows)[2:]
+    assert line.split() == ["c", "fp16", "slow", "80.0%", "b", "30.0%", "2.50", "contended"]
+    assert report.best_peer_lines([rows[0], rows[-1]]) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be pinned here")
+@pytest.mark.skipif(len(affinity()) < 2, reason="one CPU")
+def test_a_task_that_is_not_pinned_may_run_anywhere():
+    seen = []
+
+    class Looking(Task):
+        def __init__(self, pinned):
+            self.pinned = pinned
+
+        def run(self):
+            seen.append((self.pinned, len(os.sched_getaffinity(0))))
+
+    with Pinning(2) as pinning:
+        tasks = {"a": Looking(True), "b": Looking(False)}
+        measure(tasks, pinning, seconds=0.0, min_rounds=2, max_rounds=2)
+    assert set(seen) == {(True, 1), (False, len(affinity()))}
+    assert os.sched_getaffinity(0) == set(affinity())
 
 
 def test_a_wrong_answer_is_an_error(roof, settings):
@@ -82,8 +191,8 @@ def test_a_wrong_answer_is_an_error(roof, settings):
             return np.zeros((1, 6, 16), np.float32)
 
     case = Case("one", "decode", (40,), (1,), num_heads=6, num_kv_heads=2, head_dim=16)
-    with pytest.raises(RuntimeError, match="answers of wrong and kvcore differ"):
-        run_case(case, "fp32", {"wrong": lambda _: {"wrong": Wrong()}}, roof, settings)
+    with pytest.raises(RuntimeError, match="the answer of wrong is wrong by 1"):
+        run_case(case, "fp32", {"wrong": Peer(lambda _: {"wrong": Wrong()})}, roof, settings)
 
 
 def test_tasks_take_turns_and_walk_the_layers():
@@ -156,3 +265,31 @@ def test_command_refuses_unknown_names():
     command = [sys.executable, "-m", "bench", "--cases", "decode-4k,nonsense"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.returncode == 2 and "nonsense" in result.stderr
+
+
+def test_a_fit_explains_what_it_can():
+    tokens = [512, 1024, 4096, 16384]
+    coefficients, r_squared = curves.fit(tokens, [3 + 0.5 * n for n in tokens], 1)
+    assert np.allclose(coefficients, [3, 0.5]) and math.isclose(r_squared, 1.0)
+    coefficients, r_squared = curves.fit(tokens, [7 + n + 2 * n * n for n in tokens], 2)
+    assert np.allclose(coefficients, [7, 1, 2]) and math.isclose(r_squared, 1.0)
+    assert curves.fit(tokens, [7 + n + 2 * n * n for n in tokens], 1)[1] < 0.99
+
+
+def test_curves_are_measured_and_drawn(roof, settings, tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import drawing
+
+    measured = [
+        curves.measure_curve("decode", kv_format, [64, 128, 256], roof, settings)
+        for kv_format in ("fp32", "bf16")
+    ]
+    for curve, width in zip(measured, (4, 2), strict=True):
+        assert [point.tokens for point in curve.points] == [64, 128, 256]
+        for point in curve.points:
+            nbytes = point.tokens * 8 * 128 * 2 * width
+            assert math.isclose(point.floor_ms * curve.limit * 1e6, nbytes)
+            assert point.ms > 0
+        assert "of degree 1" in curves.lines(curve)[0]
+    path = drawing.draw(measured, {"cpu": "a CPU", "isa": "scalar"}, 1, tmp_path / "decode.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

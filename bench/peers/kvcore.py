@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,21 @@ from kvcore import KVCache, Sequence, set_num_threads
 
 
 def prepare(workload: Workload, roof: Roof) -> dict[str, Task]:
-    """The tasks "kvcore" and "roof"."""
+    """The tasks "kvcore" and "roof", and "kvcore-private" for a case that shares tokens."""
     set_num_threads(workload.num_threads)
-    case = workload.case
-    spec = case.spec(workload.kv_format, workload.num_layers)
-    block_size = spec.groups[0].block_size
-    cache = KVCache(spec, num_blocks=sum(-(-n // block_size) for n in case.seq_lens))
-    _scatter(cache)
+    case, cache = workload.case, _new_cache(workload)
     cursor = Cursor(workload.num_layers)
     if case.kind == "append":
         return {"kvcore": AppendTask(workload, cache), "roof": ReadTask(roof, case, cache, cursor)}
-    attend = AttendTask(workload, cache, cursor)
+    tasks: dict[str, Task] = {"kvcore": AttendTask(workload, cache, cursor)}
+    if case.shared:
+        private = replace(workload, case=replace(case, shared=0))
+        tasks["kvcore-private"] = AttendTask(
+            private, _new_cache(private), Cursor(private.num_layers)
+        )
     if case.kind == "prefill":
-        return {"kvcore": attend, "roof": ComputeTask(roof, case)}
-    return {"kvcore": attend, "roof": ReadTask(roof, case, cache, cursor)}
+        return tasks | {"roof": ComputeTask(roof, case)}
+    return tasks | {"roof": ReadTask(roof, case, cache, cursor)}
 
 
 class AttendTask(Task):
@@ -95,11 +97,10 @@ class ReadTask(Task):
 
     def __init__(self, roof: Roof, case: Case, cache: KVCache, cursor: Cursor) -> None:
         self._roof, self._cursor = roof, cursor
-        tokens = case.num_tokens if case.kind == "append" else sum(case.seq_lens)
         # kvcore has no public view of a layer's blocks; this stays the only look behind its face.
         storage: Any = cache._storage
         pairs = [[blocks.array for blocks in pair] for pair in storage.layers]
-        elements = tokens * case.num_kv_heads * case.head_dim
+        elements = case.touched_tokens * case.num_kv_heads * case.head_dim
         self._layers = [[array.reshape(-1)[:elements] for array in pair] for pair in pairs]
         self._arrays = self._layers[0]
 
@@ -126,6 +127,16 @@ class ComputeTask(Task):
         return self._roof.compute(self._flops)
 
 
+def _new_cache(workload: Workload) -> KVCache:
+    case = workload.case
+    shared_blocks = case.shared // case.block_size
+    num_blocks = sum(-(-n // case.block_size) - shared_blocks for n in case.seq_lens)
+    num_blocks += -(-case.shared // case.block_size)  # a partial block is copied for each fork
+    cache = KVCache(case.spec(workload.kv_format, workload.num_layers), num_blocks=num_blocks)
+    _scatter(cache)
+    return cache
+
+
 def _scatter(cache: KVCache) -> None:
     """Shuffles the free blocks, as they are in a cache that has been in use for a while."""
     sequences = [cache.sequence() for _ in range(cache.num_blocks[0])]
@@ -140,11 +151,19 @@ def _scatter(cache: KVCache) -> None:
 
 def _fill(cache: KVCache, workload: Workload) -> list[Sequence]:
     """Sequences with the case's stored tokens; every layer holds the same."""
+    case, data = workload.case, workload.data
+    prefix = cache.sequence()
+    _extend(cache, prefix, data.k[0][: case.shared], data.v[0][: case.shared])
     sequences = []
-    for k, v, count in zip(workload.data.k, workload.data.v, workload.case.stored, strict=True):
-        sequences.append(cache.sequence())
-        if count:
-            with cache.step([(sequences[-1], count)]) as step:
-                for layer in range(workload.num_layers):
-                    step.append(layer, k[:count], v[:count])
+    for k, v, count in zip(data.k, data.v, case.stored, strict=True):
+        sequences.append(prefix.fork())
+        _extend(cache, sequences[-1], k[case.shared : count], v[case.shared : count])
+    prefix.free()
     return sequences
+
+
+def _extend(cache: KVCache, sequence: Sequence, k: np.ndarray, v: np.ndarray) -> None:
+    if len(k):
+        with cache.step([(sequence, len(k))]) as step:
+            for layer in range(cache.spec.num_layers):
+                step.append(layer, k, v)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from bench.cases import Case
 from bench.measure import Cursor, Task
-from bench.peers import PeerAbsent, Workload
+from bench.peers import Peer, Workload
 from kvcore import arrays
-
-try:
-    from threadpoolctl import threadpool_limits
-except ImportError:
-    raise PeerAbsent('NumPy\'s threads are set by threadpoolctl: pip install ".[bench]"') from None
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -22,6 +18,9 @@ def prepare(workload: Workload) -> dict[str, Task]:
     threadpool_limits(workload.num_threads, user_api="blas")
     kind = AppendTask if workload.case.kind == "append" else AttendTask
     return {"numpy": kind(workload)}
+
+
+PEER = Peer(prepare)
 
 
 def _caches(workload: Workload) -> list[list[Pair]]:
