@@ -101,14 +101,17 @@ def test_rope_theta_of_rope_parameters_wins(tmp_path: Path) -> None:
         ("tie_word_embeddings", {"tie_word_embeddings": 1}),
         ("hidden_act", {"hidden_act": "gelu"}),
         ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
-        ("sliding_window", {"model_type": "mistral", "sliding_window": 4096}),
+        ("windows", {"model_type": "mistral", "sliding_window": 0}),
+        ("sliding_window", {"model_type": "mistral", "sliding_window": "all"}),
+        ("sliding_window", {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}),
         ("sliding_window", {"use_sliding_window": True, "sliding_window": 9}),
         ("num_local_experts", {"num_local_experts": 8}),
         ("quantization_config", {"quantization_config": {"quant_method": "awq"}}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("final_logit_softcapping", {"final_logit_softcapping": 30.0}),
-        ("rope_type", {"rope_scaling": {"rope_type": "longrope"}}),
+        ("rope_type", {"rope_scaling": {"rope_type": "dynamic"}}),
+        ("short_factor", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0] * 8}}),
         ("rope_scaling", {"rope_scaling": "linear"}),
         ("factor", {"rope_scaling": {"rope_type": "linear"}}),
         ("factor", {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
@@ -141,4 +144,4 @@ def test_config_checks_itself(tiny_config: Any) -> None:
     with pytest.raises(InvalidArgument, match="hidden_size"):
         tiny_config(hidden_size=0)
     with pytest.raises(InvalidArgument, match="head_dim"):
-        tiny_config(rope=Rope(8, 10000.0))
+        tiny_config(rope=Rope(32, 10000.0))

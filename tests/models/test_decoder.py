@@ -11,7 +11,7 @@ import pytest
 import kvcore
 from kvcore.errors import InvalidArgument
 from kvcore.models import LinearScaling, Model, ModelConfig, Rope, YarnScaling
-from kvcore.models.layers import FEW_ROWS, cpu_linear, rms_norm, swiglu
+from tiny_families import FAMILIES
 
 MakeConfig = Callable[..., ModelConfig]
 
@@ -25,7 +25,9 @@ FEATURES: list[dict[str, Any]] = [
     {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
     {"qk_norm": True, "rope": Rope(16, 5e5, YarnScaling(4.0, 32, attention_factor=1.1))},
     {"num_layers": 1, "head_dim": 32, "rope": Rope(32, 10000.0)},
+    *FAMILIES.values(),
 ]
+NAMES = [features.get("family", "llama") for features in FEATURES]
 
 
 def make_cache(model: Model, k_format: str = "fp32", v_format: str = "fp32") -> kvcore.KVCache:
@@ -33,7 +35,7 @@ def make_cache(model: Model, k_format: str = "fp32", v_format: str = "fp32") -> 
     return kvcore.KVCache(spec, num_blocks=64)
 
 
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("features", FEATURES, ids=NAMES)
 def test_ragged_chunks_and_decodes_equal_recomputation(
     tiny_config: MakeConfig, features: dict[str, Any]
 ) -> None:
@@ -61,8 +63,9 @@ def test_ragged_chunks_and_decodes_equal_recomputation(
     assert float(np.ptp(full[0])) > 1  # the comparison would be idle on flat logits
 
 
-def test_last_and_none_agree_with_all(tiny_config: MakeConfig) -> None:
-    model = Model.random(tiny_config(), seed=3)
+@pytest.mark.parametrize("family", [{}, FAMILIES["gemma2"], FAMILIES["deepseek_v3"]])
+def test_last_and_none_agree_with_all(tiny_config: MakeConfig, family: dict[str, Any]) -> None:
+    model = Model.random(tiny_config(**family), seed=3)
     ids = np.random.default_rng(2).integers(0, 50, 30)
     results = {}
     for logits in ("all", "last", "none"):
@@ -86,8 +89,11 @@ def test_forward_full_last(tiny_config: MakeConfig) -> None:
     np.testing.assert_allclose(last, model.decoder.forward_full(ids)[-1:], **TOLERANCE)
 
 
-def test_decode_bits_do_not_depend_on_the_batch(tiny_config: MakeConfig) -> None:
-    model = Model.random(tiny_config(), seed=5)
+@pytest.mark.parametrize("features", [{}, *FAMILIES.values()], ids=["llama", *FAMILIES])
+def test_decode_bits_do_not_depend_on_the_batch(
+    tiny_config: MakeConfig, features: dict[str, Any]
+) -> None:
+    model = Model.random(tiny_config(**features), seed=5)
     prompts = [np.arange(n) for n in (3, 9, 5)]
 
     def decode(members: list[int]) -> dict[int, Any]:
@@ -135,43 +141,12 @@ def test_bad_arguments_change_nothing(tiny_config: MakeConfig) -> None:
         model.decoder.forward_full([1], logits="none")
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 40])
-@pytest.mark.parametrize("biased", [False, True])
-def test_linear_on_both_sides_of_the_row_limit(rows: int, biased: bool) -> None:
-    rng = np.random.default_rng(rows)
-    x = rng.standard_normal((rows, 33), np.float32)
-    weight = rng.standard_normal((21, 33), np.float32)
-    bias = rng.standard_normal(21, np.float32) if biased else None
-    out = np.full((rows, 21), np.nan, np.float32)
-    cpu_linear(x, weight, bias, out)
-    expected = x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if bias is None else bias)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_norm_and_swiglu_against_float64() -> None:
-    rng = np.random.default_rng(8)
-    x = (100 * rng.standard_normal((5, 3, 40))).astype(np.float32)
-    weight = rng.standard_normal(40, np.float32)
-    wide = x.astype(np.float64)
-    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * weight
-    rms_norm(np, x, weight, 1e-3, x)
-    np.testing.assert_allclose(x, expected, rtol=1e-6)
-
-    gate = np.array([[-200.0, -20.0, -1.0, 0.0, 1.0, 20.0, 200.0]], np.float32)
-    up = np.full_like(gate, 3.0)
-    out = np.empty_like(gate)
-    with np.errstate(over="ignore"):
-        swiglu(np, gate, up, out)
-        expected = 3 * gate / (1 + np.exp(-gate.astype(np.float64)))
-    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-30)
-
-
 def test_model_describes_itself(tiny_config: MakeConfig) -> None:
     model = Model.random(tiny_config(), seed=1)
     assert "llama" in repr(model) and "2 layers" in repr(model)
     spec = model.cache_spec(k_format="fp16", v_format="bf16")
     assert (spec.num_layers, spec.layers[0].head_dim, spec.layers[0].num_kv_heads) == (2, 16, 2)
-    assert model.config.num_parameters * 4 == model.decoder.weights.nbytes
+    assert model.decoder.weights.num_parameters * 4 == model.decoder.weights.nbytes
 
 
 def test_same_seed_same_model(tiny_config: MakeConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvcore.models import (
     YarnScaling,
     load,
 )
+from kvcore.models.families import FAMILIES
 from kvcore.models.weights import RandomTensors, load_weights
 
 gguf = pytest.importorskip("gguf")
@@ -28,8 +30,33 @@ gguf = pytest.importorskip("gguf")
 MakeConfig = Callable[..., ModelConfig]
 
 
+GEMMA: dict[str, Any] = {
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "embedding_scale": math.sqrt(24),
+    "attention_scale": 0.25,
+    "tied_head": True,
+}
+GPT2: dict[str, Any] = {
+    "rope": None,
+    "learned_positions": 128,
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated": False,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "tied_head": True,
+    "num_kv_heads": 4,
+    "head_dim": 8,
+    "hidden_size": 32,
+}
+
+
 def random_weights(config: ModelConfig) -> DecoderWeights:
-    return load_weights(config, RandomTensors(np.random.default_rng(1)), threads=1)
+    return load_weights(
+        config, FAMILIES[config.family], RandomTensors(np.random.default_rng(1)), threads=1
+    )
 
 
 def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -41,38 +68,60 @@ def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 def tensors_of(config: ModelConfig, weights: DecoderWeights) -> dict[str, np.ndarray]:
     """GGUF names and contents, with q and k in llama.cpp's order where the family has it."""
-    tensors = {"token_embd.weight": weights.embedding, "output_norm.weight": weights.norm}
+    tensors = {
+        "token_embd.weight": weights.embedding,
+        **norm_of(config, "output_norm", weights.norm),
+    }
     if not config.tied_head:
         tensors["output.weight"] = weights.head
+    if weights.positions is not None:
+        tensors["position_embd.weight"] = weights.positions
+    fused = config.family in ("phi3", "gpt2")
     bounds = [config.q_size, config.q_size + config.kv_size]
     for i, layer in enumerate(weights.layers):
-        for suffix, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
-            if fused is None:
+        at = f"blk.{i}."
+        for suffix, qkv in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+            if qkv is None:
                 continue
-            q, k, v = np.split(fused, bounds)
+            if fused:
+                tensors[f"{at}attn_qkv.{suffix}"] = qkv
+                continue
+            q, k, v = np.split(qkv, bounds)
             if config.family == "llama":
                 q, k = interleave(q, config.head_dim), interleave(k, config.head_dim)
-            tensors |= {
-                f"blk.{i}.attn_{n}.{suffix}": t for n, t in zip("qkv", (q, k, v), strict=True)
-            }
-        gate, up = np.split(layer.gate_up, 2)
-        tensors |= {
-            f"blk.{i}.attn_norm.weight": layer.attention_norm,
-            f"blk.{i}.attn_output.weight": layer.output,
-            f"blk.{i}.ffn_norm.weight": layer.mlp_norm,
-            f"blk.{i}.ffn_gate.weight": gate,
-            f"blk.{i}.ffn_up.weight": up,
-            f"blk.{i}.ffn_down.weight": layer.down,
+            tensors |= {f"{at}attn_{n}.{suffix}": t for n, t in zip("qkv", (q, k, v), strict=True)}
+        if fused:
+            tensors[at + "ffn_up.weight"] = layer.gate_up
+        else:
+            tensors[at + "ffn_gate.weight"], tensors[at + "ffn_up.weight"] = np.split(
+                layer.gate_up, 2
+            )
+        tensors |= norm_of(config, at + "attn_norm", layer.attention_norm)
+        tensors |= norm_of(config, at + "ffn_norm", layer.mlp_norm)
+        others = {
+            "attn_output.weight": layer.output,
+            "attn_output.bias": layer.output_bias,
+            "ffn_up.bias": layer.gate_up_bias,
+            "ffn_down.weight": layer.down,
+            "ffn_down.bias": layer.down_bias,
+            "attn_q_norm.weight": layer.q_norm,
+            "attn_k_norm.weight": layer.k_norm,
+            "post_attention_norm.weight": layer.attention_post_norm,
+            "post_ffw_norm.weight": layer.mlp_post_norm,
         }
-        if config.qk_norm:
-            tensors[f"blk.{i}.attn_q_norm.weight"] = layer.q_norm
-            tensors[f"blk.{i}.attn_k_norm.weight"] = layer.k_norm
+        tensors |= {at + name: array for name, array in others.items() if array is not None}
     return tensors
 
 
+def norm_of(config: ModelConfig, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    if config.norm == "rms":
+        return {f"{name}.weight": array}
+    return {f"{name}.weight": array[0], f"{name}.bias": array[1]}
+
+
 def metadata_of(config: ModelConfig) -> dict[str, Any]:
-    arch = config.family
-    return {
+    arch = arch_of(config)
+    metadata: dict[str, Any] = {
         f"{arch}.block_count": config.num_layers,
         f"{arch}.context_length": config.max_context,
         f"{arch}.embedding_length": config.hidden_size,
@@ -81,9 +130,23 @@ def metadata_of(config: ModelConfig) -> dict[str, Any]:
         f"{arch}.attention.head_count_kv": config.num_kv_heads,
         f"{arch}.attention.key_length": config.head_dim,
         f"{arch}.attention.value_length": config.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        f"{arch}.rope.freq_base": float(config.rope.theta),
     }
+    window = next((w for w in config.windows if w is not None), None)
+    others = {
+        "attention.layer_norm_epsilon"
+        if config.norm == "layer"
+        else ("attention.layer_norm_rms_epsilon"): float(config.norm_eps),
+        "rope.freq_base": config.rope and float(config.rope.theta),
+        "rope.dimension_count": config.rope and config.rope.dim,
+        "attention.sliding_window": window,
+        "attn_logit_softcapping": config.score_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+    }
+    return metadata | {f"{arch}.{key}": value for key, value in others.items()}
+
+
+def arch_of(config: ModelConfig) -> str:
+    return "gemma3" if config.family == "gemma3_text" else config.family
 
 
 def write(
@@ -117,7 +180,7 @@ def write(
 
 
 def assert_same_weights(got: DecoderWeights, expected: DecoderWeights) -> None:
-    for name in ("embedding", "norm", "head"):
+    for name in ("embedding", "norm", "head", "positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     for a, b in zip(got.layers, expected.layers, strict=True):
         for name, array in vars(b).items():
@@ -134,6 +197,22 @@ def assert_same_weights(got: DecoderWeights, expected: DecoderWeights) -> None:
         ("llama", {"tied_head": True}),
         ("qwen2", {"qkv_bias": True}),
         ("qwen3", {"qk_norm": True, "tied_head": True}),
+        ("llama", {"windows": (20,)}),
+        ("gemma2", GEMMA | {"windows": (20, None), "score_softcap": 50.0, "logit_softcap": 30.0}),
+        ("gemma2", GEMMA | {"num_layers": 46, "attention_scale": 6**-0.5}),
+        (
+            "gemma3_text",
+            GEMMA
+            | {
+                "windows": (*(20,) * 5, None),
+                "num_layers": 7,
+                "qk_norm": True,
+                "rope": Rope(16, 1e6),
+                "local_rope": Rope(16, 1e4),
+            },
+        ),
+        ("phi3", {"rope": Rope(12, 10000.0)}),
+        ("gpt2", GPT2),
     ],
 )
 def test_families(
@@ -141,7 +220,8 @@ def test_families(
 ) -> None:
     config = tiny_config(family=family, norm_eps=float(np.float32(1e-5)), **features)
     weights = random_weights(config)
-    path = write(tmp_path / "m.gguf", family, metadata_of(config), tensors_of(config, weights))
+    contents = tensors_of(config, weights)
+    path = write(tmp_path / "m.gguf", arch_of(config), metadata_of(config), contents)
     model = load(path)
     assert model.config == config
     assert_same_weights(model.decoder.weights, weights)
@@ -191,6 +271,23 @@ def test_rope_scaling(
     contents = tensors_of(config, random_weights(config)) | tensors
     got = load(write(tmp_path / "m.gguf", "llama", entries, contents)).config.rope
     assert got == Rope(16, 10000.0, scaling)
+
+
+@pytest.mark.parametrize(("max_context", "divisor"), [(None, 3.0), (64, 3.0), (32, 2.0)])
+def test_long_rope_is_chosen_by_the_context(
+    tmp_path: Path, tiny_config: MakeConfig, max_context: int | None, divisor: float
+) -> None:
+    config = tiny_config(family="phi3")
+    scaling = {"original_context_length": 32, "attn_factor": 1.25}
+    entries = metadata_of(config) | {f"phi3.rope.scaling.{k}": v for k, v in scaling.items()}
+    contents = tensors_of(config, random_weights(config)) | {
+        f"rope_factors_{name}.weight": np.full(8, value, np.float32)
+        for name, value in (("long", 3.0), ("short", 2.0))
+    }
+    path = write(tmp_path / "m.gguf", "phi3", entries, contents)
+    got = load(path, max_context=max_context).config
+    assert got.rope == Rope(16, 10000.0, FrequencyFactors((divisor,) * 8, 1.25))
+    assert got.max_context == (max_context or 128)
 
 
 @pytest.fixture

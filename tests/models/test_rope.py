@@ -119,3 +119,19 @@ def test_rotation_turns_pairs_as_complex_numbers() -> None:
     out = np.empty_like(x)
     Rotation(np, positions, inv_freq, 1.5).apply(x.copy(), out)
     np.testing.assert_allclose(out, np.concatenate((turned.real, turned.imag), -1), atol=2e-6)
+
+
+def test_elements_beyond_the_rotation_stay() -> None:
+    x = np.random.default_rng(5).standard_normal((3, 2, DIM + 12)).astype(np.float32)
+    inv_freq, factor = inverse_frequencies(Rope(DIM, THETA))
+    rotation = Rotation(np, np.array([0, 7, 100_000]), inv_freq, factor)
+    out, turned = np.full_like(x, np.nan), np.empty((3, 2, DIM), np.float32)
+    rotation.apply(x[..., :DIM].copy(), turned)
+    for rows in (slice(0, 1), slice(1, 3)):
+        rotation.apply(x.copy(), out, rows)
+    np.testing.assert_array_equal(out, np.concatenate((turned, x[..., DIM:]), axis=-1))
+
+
+def test_factors_have_a_temperature() -> None:
+    _, factor = inverse_frequencies(Rope(4, THETA, FrequencyFactors((1.0, 2.0), 1.5)))
+    assert factor == 1.5

@@ -1,4 +1,4 @@
-"""Logits of random tiny models of every family, against transformers."""
+"""Logits of random tiny models of Llama and Qwen, against transformers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,13 @@ import numpy as np
 import pytest
 
 import kvcore
-from kvcore.models import Model, load
+from kvcore.models import load
+from tiny_models import LENGTH, cached_logits, logits_of, random_model
 
 pytestmark = pytest.mark.oracle
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
-LENGTH = 90
-SIZES: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -61,44 +47,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 16, "beta_slow": 2}},
     ),
-    "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "hidden_size": 48}),
     "qwen3": ("Qwen3", {}),
     "qwen3-wide-heads": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3", {"attention_bias": True}),
 }
-
-
-def random_model(family: str, changes: dict[str, Any]) -> Any:
-    """A transformers model whose weights are large enough that its logits say something."""
-    config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
-    config._attn_implementation = "eager"
-    torch.manual_seed(20)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
-    return model
-
-
-def logits_of(theirs: Any, ids: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return theirs(torch.from_numpy(ids)[None]).logits[0].numpy()
-
-
-def cached_logits(model: Model, ids: np.ndarray, chunks: list[int]) -> np.ndarray:
-    """Logits of every position, out of an fp32 cache, a chunk at a time and then one by one."""
-    spec = model.cache_spec(block_size=16, k_format="fp32", v_format="fp32")
-    cache = kvcore.KVCache(spec, num_blocks=16)
-    sequence, out = cache.sequence(), []
-    chunks = chunks + [1] * (len(ids) - sum(chunks))
-    for chunk in chunks:
-        start = len(sequence)
-        with cache.step([(sequence, chunk)]) as step:
-            part = ids[start : start + chunk]
-            out.append(model.decoder.forward(step, part, logits="all"))
-    return np.concatenate(out)
 
 
 @pytest.mark.parametrize("case", CASES)

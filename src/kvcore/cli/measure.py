@@ -103,10 +103,8 @@ def reading_cost(model: Model, cache: KVCache, tokens: NDArray[np.int32]) -> Rea
 
 def _read_by_a_token(weights: DecoderWeights) -> list[NDArray[np.float32]]:
     """All weights but an embedding that is not the head as well: of that a token reads one row."""
-    arrays = [weights.norm, weights.head]
-    for layer in weights.layers:
-        arrays += [array for array in vars(layer).values() if array is not None]
-    return arrays
+    embedding = None if weights.head is weights.embedding else weights.embedding
+    return [array for array in weights.arrays() if array is not embedding]
 
 
 def _read_with_max(arrays: list[NDArray[np.float32]]) -> None:

@@ -10,9 +10,13 @@ import numpy.typing as npt
 
 from kvcore.errors import InvalidArgument
 from kvcore.models import reference
+from kvcore.models.attention import Attention
 from kvcore.models.config import ModelConfig
-from kvcore.models.layers import MANY_ROWS, Linear, cpu_linear, rms_norm, swiglu
-from kvcore.models.parallel import cut, for_each, one_blas_thread
+from kvcore.models.latent_attention import AbsorbedAttention
+from kvcore.models.layers import MANY_ROWS, NORMS, Linear, Rows, cpu_linear, softcap
+from kvcore.models.mlp import Mlp
+from kvcore.models.moe import ExpertLayer
+from kvcore.models.parallel import one_blas_thread
 from kvcore.models.rope import Rotation, inverse_frequencies
 from kvcore.models.weights import DecoderWeights, LayerWeights
 
@@ -44,8 +48,17 @@ class Decoder:
         self.weights = weights
         self._xp = xp
         self._linear = linear
-        inv_freq, self._attention_factor = inverse_frequencies(config.rope)
-        self._inv_freq = xp.asarray(inv_freq)
+        self._attention = Attention if config.latent is None else AbsorbedAttention
+        self._attend_options = [self._options_of(index) for index in range(config.num_layers)]
+        # The ropes that layers use, each as what Rotation takes, and which one each layer uses.
+        ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
+        self._turns = [
+            (xp.asarray(inv_freq), factor) for inv_freq, factor in map(inverse_frequencies, ropes)
+        ]
+        self._layer_turn = [
+            None if rope is None else ropes.index(rope)
+            for rope in map(config.layer_rope, range(config.num_layers))
+        ]
 
     def forward(self, step: Step, tokens: npt.ArrayLike, logits: str = "last") -> Any:
         """Runs the tokens of one step through all layers, appending to the step's cache.
@@ -65,9 +78,8 @@ class Decoder:
                 max_context, or if `logits` is none of the three.
         """
         ids = self._check(step, tokens, logits)
-        x = self.weights.embedding[self._xp.asarray(ids)]
         with one_blas_thread() if len(ids) >= MANY_ROWS else nullcontext():
-            return self._run(step, x, logits)
+            return self._run(step, self._xp.asarray(ids), logits)
 
     def forward_full(self, tokens: npt.ArrayLike, logits: str = "all") -> npt.NDArray[np.float32]:
         """Recomputes a whole text without a cache, in plain NumPy.
@@ -107,92 +119,111 @@ class Decoder:
             )
         return ids
 
-    def _run(self, step: Step, x: Any, logits: str) -> Any:
-        """All layers and the head over embedded tokens x [T, hidden], which is changed."""
+    def _embed(self, ids: Any, positions: Any) -> Any:
+        """A new array [T, hidden]."""
+        config, weights = self.config, self.weights
+        x = weights.embedding[ids]
+        if config.embedding_scale != 1:
+            # The factor that checkpoints were trained with is a float32.
+            x *= self._xp.float32(config.embedding_scale)
+        if weights.positions is not None:
+            x += weights.positions[positions]
+        return x
+
+    def _run(self, step: Step, ids: Any, logits: str) -> Any:
+        """All layers and the head over the step's tokens."""
         xp, config, weights = self._xp, self.config, self.weights
         positions = xp.asarray(_positions(step))
-        rotation = Rotation(xp, positions, self._inv_freq, self._attention_factor)
-        buffers = _Buffers(xp, config, len(x))
+        rotations = [Rotation(xp, positions, *turn) for turn in self._turns]
+        x = self._embed(ids, positions)
+        rows = Rows(xp, self._linear, len(x))
+        attention = self._attention(config, rows)
+        blocks = _Blocks(config, rows)
         last = config.num_layers - 1
         for index, layer in enumerate(weights.layers):
-            self._project(layer, x, rotation, buffers)
-            step.append(index, buffers.k, buffers.v)
+            turn = self._layer_turn[index]
+            blocks.norm(x, layer.attention_norm)
+            attention.project(layer, blocks.normed, None if turn is None else rotations[turn])
+            attention.append(step, index)
             if index == last and logits == "none":
                 return None
-            attended = step.attend(index, buffers.q).reshape(len(x), config.q_size)
+            attended = attention.attend(step, index, self._attend_options[index])
             if index == last and logits == "last" and len(step.seq_lens) < len(x):
                 # Above the last layer's attention only the rows that someone reads are of use.
-                rows = xp.asarray(step.query_starts[1:] - 1)
-                x, attended = x[rows], attended[rows]
-                buffers = _Buffers(xp, config, len(x))
-            self._finish(layer, x, attended, buffers)
-        self._norm(x, weights.norm, buffers)
+                read = xp.asarray(step.query_starts[1:] - 1)
+                x, attended = x[read], attended[read]
+                rows = Rows(xp, self._linear, len(x))
+                blocks = _Blocks(config, rows)
+            attention.output(layer, attended, rows, blocks.normed)
+            blocks.add(x, layer.attention_post_norm)
+            blocks.norm(x, layer.mlp_norm)
+            blocks.mlp(index, layer)
+            blocks.add(x, layer.mlp_post_norm)
+        blocks.norm(x, weights.norm)
         out = xp.empty((len(x), config.vocab_size), xp.float32)
-        self._linear(buffers.normed, weights.head, None, out)
+        self._linear(blocks.normed, weights.head, None, out)
+        if config.logit_softcap is not None:
+            softcap(xp, out, config.logit_softcap)
         return out
 
-    def _project(self, layer: LayerWeights, x: Any, rotation: Rotation, b: _Buffers) -> None:
-        """The layer's queries, keys and values of x [T, hidden], to b.q, b.k and b.v."""
-        xp, eps = self._xp, self.config.norm_eps
-
-        def turn(rows: slice) -> None:
-            if self.config.qk_norm:
-                rms_norm(xp, b.straight_q[rows], layer.q_norm, eps, b.straight_q[rows])
-                rms_norm(xp, b.straight_k[rows], layer.k_norm, eps, b.straight_k[rows])
-            rotation.apply(b.straight_qk, b.qk, rows)
-
-        self._norm(x, layer.attention_norm, b)
-        self._linear(b.normed, layer.qkv, layer.qkv_bias, b.qkv)
-        for_each(turn, b.parts)
-
-    def _finish(self, layer: LayerWeights, x: Any, attended: Any, b: _Buffers) -> None:
-        """Adds the output projection of attended [R, Hq D], then the SwiGLU, to x [R, hidden]."""
-
-        def activate(rows: slice) -> None:
-            swiglu(self._xp, b.gate[rows], b.up[rows], b.hidden[rows])
-
-        self._linear(attended, layer.output, layer.output_bias, b.normed)
-        x += b.normed
-        self._norm(x, layer.mlp_norm, b)
-        self._linear(b.normed, layer.gate_up, layer.gate_up_bias, b.gate_up)
-        for_each(activate, b.parts)
-        self._linear(b.hidden, layer.down, layer.down_bias, b.normed)
-        x += b.normed
-
-    def _norm(self, x: Any, weight: Any, b: _Buffers) -> None:
-        """The normed rows of x, to b.normed."""
-
-        def norm(rows: slice) -> None:
-            rms_norm(self._xp, x[rows], weight, self.config.norm_eps, b.normed[rows])
-
-        for_each(norm, b.parts)
+    def _options_of(self, index: int) -> dict[str, Any]:
+        """The options of a layer's attention, as `Step.attend` takes them."""
+        config = self.config
+        options = {
+            "scale": config.attention_scale,
+            "softcap": config.score_softcap,
+            "window": config.window(index),
+            "sinks": self.weights.layers[index].sinks,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
 
-class _Buffers:
-    """What the layers of one forward call write to, R rows each, and the views that they need.
+class _Blocks:
+    """What norms and MLPs of one forward call write to, for R rows.
 
     Attributes:
-        parts: the rows as threads share them, where a product does not.
+        normed: [R, hidden], what the last of them wrote.
     """
 
-    def __init__(self, xp: Any, config: ModelConfig, rows: int) -> None:
-        self.parts = cut(rows, MANY_ROWS // 2 if xp is np else rows)
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.normed = xp.empty((rows, config.hidden_size), xp.float32)
-        self.gate_up = xp.empty((rows, 2 * config.intermediate_size), xp.float32)
-        self.gate = self.gate_up[:, : config.intermediate_size]
-        self.up = self.gate_up[:, config.intermediate_size :]
-        self.hidden = xp.empty((rows, config.intermediate_size), xp.float32)
+    def __init__(self, config: ModelConfig, rows: Rows) -> None:
+        self._config = config
+        self._rows = rows
+        self._norm = NORMS[config.norm]
+        self.normed = rows.empty(config.hidden_size)
+        layers = range(config.num_layers)
+        plain = any(config.layer_experts(index) is None for index in layers)
+        self._mlp = _plain_mlp(config, rows) if plain else None
+        self._experts = ExpertLayer(config, rows) if config.experts else None
+        self._mixed = rows.empty(config.hidden_size) if config.experts else None
 
-        # Queries and keys are neighbours before and after the rotation: one call turns both.
-        self.qkv = xp.empty((rows, config.q_size + 2 * config.kv_size), xp.float32)
-        straight = self.qkv.reshape(rows, heads + 2 * kv_heads, head_dim)
-        self.straight_q = straight[:, :heads]
-        self.straight_k = straight[:, heads : heads + kv_heads]
-        self.straight_qk = straight[:, : heads + kv_heads]
-        self.v = straight[:, heads + kv_heads :]
-        self.qk = xp.empty((rows, heads + kv_heads, head_dim), xp.float32)
-        self.q, self.k = self.qk[:, :heads], self.qk[:, heads:]
+    def norm(self, x: Any, weight: Any) -> None:
+        """The normed rows of x [R, hidden]."""
+
+        def norm(rows: slice) -> None:
+            self._norm(self._rows.xp, x[rows], weight, self._config.norm_eps, self.normed[rows])
+
+        self._rows.each(norm)
+
+    def add(self, x: Any, post_norm: Any) -> None:
+        """Adds `normed`, itself normed if there is a weight for it, to x."""
+        if post_norm is not None:
+            self.norm(self.normed, post_norm)
+        x += self.normed
+
+    def mlp(self, index: int, layer: LayerWeights) -> None:
+        """The layer's MLP or experts of `normed`."""
+        if self._config.layer_experts(index) is None:
+            assert self._mlp is not None
+            weights = (layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
+            self._mlp.apply(self.normed, *weights, self.normed)
+        else:
+            assert self._experts is not None
+            self._experts.apply(layer, self.normed, self._mixed)
+            self.normed, self._mixed = self._mixed, self.normed
+
+
+def _plain_mlp(config: ModelConfig, rows: Rows) -> Mlp:
+    return Mlp(config.intermediate_size, config.activation, rows, is_gated=config.gated)
 
 
 def check_tokens(config: ModelConfig, tokens: npt.ArrayLike) -> npt.NDArray[np.int64]:

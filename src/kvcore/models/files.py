@@ -44,6 +44,12 @@ class Fields:
         came = "nothing" if value is None else repr(value)[:80]
         raise self.error(key, _KIND_NAMES[kind], came)
 
+    def nullable(self, key: str, kind: type[T], default: T | None) -> T | None:
+        """The value as a `kind`; None when the file says so, the default when it is absent."""
+        if key in self.values and self.values[key] is None:
+            return None
+        return default if key not in self.values else self.typed(key, kind)
+
     def positive(self, key: str, default: int | None = None) -> int:
         """The value as an integer above 0."""
         value = self.typed(key, int, default)

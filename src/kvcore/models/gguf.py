@@ -8,48 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from kvcore.errors import InvalidArgument, ModelFileError
+from kvcore.errors import ModelFileError
 from kvcore.models.config import ModelConfig
 from kvcore.models.files import Fields, require
-from kvcore.models.rope import (
-    FrequencyFactors,
-    LinearScaling,
-    Rope,
-    RopeScaling,
-    YarnScaling,
-    yarn_attention_factor,
-)
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-# Hugging Face names of tensors, and those of GGUF. {i} is the layer.
-_OUTER = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-# Metadata that changes the arithmetic in ways that the decoder does not have.
-_UNSUPPORTED = (
-    "expert_count", "attention.sliding_window", "attention.scale", "attn_logit_softcapping",
-    "final_logit_softcapping", "embedding_scale", "residual_scale", "logit_scale",
-    "attention.max_alibi_bias", "attention.clamp_kqv",
-)  # fmt: skip
+from kvcore.models.gguf_config import ARCHITECTURES, read_config
+from kvcore.models.tensors import FloatArray, Tensor, Tensors, layer_norm, rms_norm
 
 
 @cache
@@ -99,128 +63,122 @@ class GGUFFile:
             expected = f"one of {', '.join(ARCHITECTURES)}"
             raise fields.error("general.architecture", expected, repr(self.architecture))
 
-    @cached_property
-    def config(self) -> ModelConfig:
+    def config(self, max_context: int | None = None) -> ModelConfig:
         """The architecture that the metadata and the tensors declare.
+
+        Args:
+            max_context: fewer tokens than the model's own maximum.
 
         Raises:
             ModelFileError: for a missing or mistyped key or a feature that the decoder does not
                 have; the message names the key.
         """
-        arch = self.architecture
-        fields = Fields(self.path, self.metadata)
-        for name in _UNSUPPORTED:
-            value = fields.get(f"{arch}.{name}")
-            if value:
-                raise fields.error(f"{arch}.{name}", "a model without this feature", value)
-        hidden = fields.positive(f"{arch}.embedding_length")
-        heads = fields.positive(f"{arch}.attention.head_count")
-        head_dim = fields.positive(f"{arch}.attention.key_length", max(hidden // heads, 1))
-        value_dim = fields.positive(f"{arch}.attention.value_length", head_dim)
-        if value_dim != head_dim:
-            raise fields.error(f"{arch}.attention.value_length", f"{head_dim}", value_dim)
-        embedding = self._tensor("model.embed_tokens.weight")
-        try:
-            return ModelConfig(
-                family=arch,
-                num_layers=fields.positive(f"{arch}.block_count"),
-                hidden_size=hidden,
-                num_heads=heads,
-                num_kv_heads=fields.positive(f"{arch}.attention.head_count_kv", heads),
-                head_dim=head_dim,
-                intermediate_size=fields.positive(f"{arch}.feed_forward_length"),
-                vocab_size=int(embedding.shape[-1]),
-                max_context=fields.positive(f"{arch}.context_length"),
-                norm_eps=fields.typed(f"{arch}.attention.layer_norm_rms_epsilon", float),
-                rope=self._rope(fields, head_dim),
-                qkv_bias=self._has("blk.0.attn_q.bias"),
-                output_bias=self._has("blk.0.attn_output.bias"),
-                mlp_bias=self._has("blk.0.ffn_down.bias"),
-                qk_norm=self._has("blk.0.attn_q_norm.weight"),
-                tied_head=not self._has("output.weight"),
-                bos_id=fields.get("tokenizer.ggml.bos_token_id"),
-                eos_ids=self._eos_ids(),
-            )
-        except InvalidArgument as error:
-            raise ModelFileError(f"{self.path}: {error}") from error
+        return read_config(Fields(self.path, self.metadata), self.vectors, self.shapes, max_context)
 
-    def read(self, name: str, out: npt.NDArray[np.float32]) -> None:
-        """Fills `out` with the tensor of a Hugging Face name, dequantised."""
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, rows first."""
+        return {
+            name: tuple(int(n) for n in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+
+    def vectors(self, name: str) -> tuple[float, ...]:
+        """The values of a tensor of one axis."""
+        return tuple(float(x) for x in self._tensors[name].data)
+
+    def read(self, tensor: Tensor, out: FloatArray) -> None:
+        """Fills `out` with a tensor, dequantised."""
         gguf = require("gguf")
-        tensor = self._tensor(name)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if shape != out.shape:
+        if tensor.name not in self._tensors:
+            raise ModelFileError(f"{self.path}: tensor {tensor.name}: expected, but it is missing")
+        found = self._tensors[tensor.name]
+        shape = self.shapes[tensor.name]
+        if shape != tensor.shape:
             raise ModelFileError(
-                f"{self.path}: tensor {tensor.name}: shape {out.shape} expected, got {shape}"
+                f"{self.path}: tensor {tensor.name}: shape {tensor.shape} expected, got {shape}"
             )
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = gguf.quants.dequantize(found.data, found.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise ModelFileError(
                 f"{self.path}: tensor {tensor.name}: a type that the gguf package decodes "
-                f"expected, got {tensor.tensor_type.name}"
+                f"expected, got {found.tensor_type.name}"
             ) from error
-        if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            values = self._split_halves(values)
-        out[...] = values
+        out[...] = tensor.pick(values)
 
-    def _split_halves(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Undoes the row order of llama.cpp, which puts the elements that RoPE pairs together."""
-        pairs = self.config.head_dim // 2
-        columns = values.shape[1:]
-        by_pair = values.reshape(-1, pairs, 2, *columns)
-        return np.asarray(by_pair.swapaxes(1, 2).reshape(values.shape), np.float32)
+    def outer(self, config: ModelConfig) -> Tensors:
+        """See `Checkpoint`."""
+        shape = (config.vocab_size, config.hidden_size)
+        tensors = {
+            "embedding": [Tensor("token_embd.weight", shape)],
+            "norm": _norm(config, "output_norm"),
+        }
+        if not config.tied_head:
+            tensors["head"] = [Tensor("output.weight", shape)]
+        if config.learned_positions is not None:
+            positions = (config.learned_positions, config.hidden_size)
+            tensors["positions"] = [Tensor("position_embd.weight", positions)]
+        return tensors
 
-    def _has(self, gguf_name: str) -> bool:
-        return gguf_name in self._tensors
+    def layer(self, config: ModelConfig, index: int) -> Tensors:
+        """See `Checkpoint`."""
+        at = f"blk.{index}."
+        hidden, size = config.hidden_size, config.intermediate_size
+        norms = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
+        if config.post_norms:
+            norms |= {
+                "attention_post_norm": "post_attention_norm",
+                "mlp_post_norm": "post_ffw_norm",
+            }
+        tensors = {field: _norm(config, at + name) for field, name in norms.items()}
+        tensors["qkv"] = self._qkv(config, at, ".weight", hidden)
+        tensors["output"] = [Tensor(at + "attn_output.weight", (hidden, config.q_size))]
+        gate_up = {"ffn_gate": size, "ffn_up": size}
+        if at + "ffn_gate.weight" not in self.shapes and config.family in ("phi3", "gpt2"):
+            gate_up = {"ffn_up": 2 * size if config.gated else size}
+        tensors["gate_up"] = [
+            Tensor(f"{at}{name}.weight", (rows, hidden)) for name, rows in gate_up.items()
+        ]
+        tensors["down"] = [Tensor(at + "ffn_down.weight", (hidden, size))]
+        if config.qkv_bias:
+            tensors["qkv_bias"] = self._qkv(config, at, ".bias")
+        if config.output_bias:
+            tensors["output_bias"] = [Tensor(at + "attn_output.bias", (hidden,))]
+        if config.mlp_bias:
+            tensors["gate_up_bias"] = [
+                Tensor(f"{at}{name}.bias", (rows,)) for name, rows in gate_up.items()
+            ]
+            tensors["down_bias"] = [Tensor(at + "ffn_down.bias", (hidden,))]
+        if config.qk_norm:
+            tensors["q_norm"] = [rms_norm(at + "attn_q_norm.weight", config.head_dim)]
+            tensors["k_norm"] = [rms_norm(at + "attn_k_norm.weight", config.head_dim)]
+        return tensors
 
-    def _tensor(self, name: str) -> Any:
-        gguf_name = _gguf_name(name)
-        if gguf_name not in self._tensors:
-            raise ModelFileError(f"{self.path}: tensor {gguf_name}: expected, but it is missing")
-        return self._tensors[gguf_name]
+    def _qkv(self, config: ModelConfig, at: str, suffix: str, *columns: int) -> list[Tensor]:
+        """Queries, keys and values, together or one by one."""
+        q_size, kv_size = config.q_size, config.kv_size
+        if at + "attn_qkv" + suffix in self.shapes:
+            return [Tensor(at + "attn_qkv" + suffix, (q_size + 2 * kv_size, *columns))]
 
-    def _rope(self, fields: Fields, head_dim: int) -> Rope:
-        arch = self.architecture
-        dim = fields.positive(f"{arch}.rope.dimension_count", head_dim)
-        theta = fields.typed(f"{arch}.rope.freq_base", float, 10000.0)
-        scaling = self._rope_scaling(fields, f"{arch}.rope.scaling.")
-        if self._has("rope_freqs.weight"):
-            if scaling is not None:
-                key = f"{arch}.rope.scaling.type"
-                raise fields.error(key, "none beside rope_freqs.weight", self.metadata[key])
-            tensor = self._tensors["rope_freqs.weight"]
-            if tensor.data.shape != (dim // 2,):
-                raise ModelFileError(
-                    f"{self.path}: tensor rope_freqs.weight: shape {(dim // 2,)} expected, "
-                    f"got {tensor.data.shape}"
-                )
-            scaling = FrequencyFactors(tuple(float(factor) for factor in tensor.data))
-        return Rope(dim, theta, scaling)
+        def split_halves(values: FloatArray) -> FloatArray:
+            """Undoes llama.cpp's order of rows, where those that turn together are neighbours."""
+            by_pair = values.reshape(-1, config.head_dim // 2, 2, *columns)
+            return np.reshape(by_pair.swapaxes(1, 2), values.shape)
 
-    def _rope_scaling(self, fields: Fields, prefix: str) -> RopeScaling | None:
-        kind = fields.get(prefix + "type", "none")
-        if kind == "none":
-            return None
-        if kind not in ("linear", "yarn"):
-            raise fields.error(prefix + "type", "none, linear or yarn", repr(kind))
-        factor = fields.typed(prefix + "factor", float)
-        if factor <= 0:
-            raise fields.error(prefix + "factor", "a positive number", factor)
-        if kind == "linear":
-            return LinearScaling(factor)
-        scale = fields.typed(prefix + "attn_factor", float, 1.0)
-        return YarnScaling(
-            factor=factor,
-            original_context=fields.positive(prefix + "original_context_length"),
-            beta_fast=fields.typed(prefix + "yarn_beta_fast", float, 32.0),
-            beta_slow=fields.typed(prefix + "yarn_beta_slow", float, 1.0),
-            attention_factor=scale * yarn_attention_factor(factor),
-        )
+        rows = {"attn_q": q_size, "attn_k": kv_size, "attn_v": kv_size}
+        return [
+            Tensor(at + name + suffix, (count, *columns), split_halves)
+            if config.family == "llama" and name != "attn_v"
+            else Tensor(at + name + suffix, (count, *columns))
+            for name, count in rows.items()
+        ]
 
-    def _eos_ids(self) -> frozenset[int]:
-        keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-        return frozenset(int(self.metadata[key]) for key in keys if key in self.metadata)
+
+def _norm(config: ModelConfig, name: str) -> list[Tensor]:
+    if config.norm == "layer":
+        return layer_norm(name, config.hidden_size)
+    return [rms_norm(name + ".weight", config.hidden_size)]
 
 
 class _Metadata(Mapping[str, Any]):
@@ -242,12 +200,3 @@ class _Metadata(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._fields)
-
-
-def _gguf_name(name: str) -> str:
-    """The GGUF name of a tensor with a Hugging Face name."""
-    stem, _, suffix = name.rpartition(".")
-    if stem in _OUTER:
-        return f"{_OUTER[stem]}.{suffix}"
-    _, _, layer, inner = stem.split(".", 3)
-    return f"blk.{layer}.{_INNER[inner]}.{suffix}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kvcore import ops
+from kvcore.models.config import Activation, ClampedSwiglu
 from kvcore.models.parallel import cut, for_each
 
 # (x [R, K], weight [N, K], bias [N] or None, out [R, N]): writes x @ weight.T + bias to out.
@@ -19,6 +21,30 @@ FEW_ROWS = 16
 
 # From this many rows on `parallel` shares all work; below, its hand-overs cost more than they save.
 MANY_ROWS = 256
+
+
+class Rows:
+    """R rows of one forward call: how arrays for them are made and work on them is done.
+
+    Attributes:
+        xp: the array module.
+        count: R.
+        linear: the linear layer over arrays of `xp`.
+    """
+
+    def __init__(self, xp: Any, linear: Linear, count: int) -> None:
+        self.xp = xp
+        self.linear = linear
+        self.count = count
+        self._parts = cut(count, MANY_ROWS // 2 if xp is np else count)
+
+    def empty(self, *shape: int) -> Any:
+        """An unfilled float32 array [R, *shape]."""
+        return self.xp.empty((self.count, *shape), self.xp.float32)
+
+    def each(self, work: Callable[[slice], None]) -> None:
+        """Does `work` for parts of the rows, shared among threads."""
+        for_each(work, self._parts)
 
 
 def cpu_linear(x: Any, weight: Any, bias: Any, out: Any) -> None:
@@ -49,6 +75,16 @@ def rms_norm(xp: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
     out *= weight
 
 
+def layer_norm(xp: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
+    """Writes (x - mean) / sqrt(variance + eps) * weight[0] + weight[1] to `out`, which may be x."""
+    xp.subtract(x, xp.mean(x, axis=-1, keepdims=True), out=out)
+    rms_norm(xp, out, weight[0], eps, out)
+    out += weight[1]
+
+
+NORMS = {"rms": rms_norm, "layer": layer_norm}
+
+
 def _dot_rows(xp: Any, x: Any) -> Any:
     """The sum of squares over the last axis, in an order that the rows beside it do not change."""
     # vecdot is new in NumPy 2; on a few rows it takes a quarter of the time of einsum.
@@ -57,12 +93,38 @@ def _dot_rows(xp: Any, x: Any) -> Any:
     return xp.einsum("...i,...i->...", x, x)
 
 
-def swiglu(xp: Any, gate: Any, up: Any, out: Any) -> None:
-    """Writes silu(gate) * up to `out`."""
-    # silu(g) = g / (1 + exp(-g)); an exp that overflows gives the right limit, 0.
-    xp.negative(gate, out=out)
+def activate(xp: Any, activation: Activation, x: Any, out: Any) -> None:
+    """Writes activation(x) to `out`, which is another array: x * sigmoid(y) for some y of x."""
+    match activation:
+        case "silu":
+            xp.negative(x, out=out)
+        case "gelu_tanh":
+            # (1 + tanh(z)) / 2 = sigmoid(2 z), z = sqrt(2 / pi) * (x + 0.044715 x^3).
+            xp.multiply(x, x, out=out)
+            out *= -2 * math.sqrt(2 / math.pi) * 0.044715
+            out -= 2 * math.sqrt(2 / math.pi)
+            out *= x
+        case ClampedSwiglu(alpha=alpha):
+            xp.multiply(x, -alpha, out=out)
+    # An exp that overflows gives the right limit, 0.
     with np.errstate(over="ignore"):
         xp.exp(out, out=out)
     out += 1.0
-    xp.divide(gate, out, out=out)
+    xp.divide(x, out, out=out)
+
+
+def gated(xp: Any, activation: Activation, gate: Any, up: Any, out: Any) -> None:
+    """Writes activation(gate) * up to `out`; gate and up are scratch."""
+    if isinstance(activation, ClampedSwiglu):
+        xp.minimum(gate, activation.limit, out=gate)
+        xp.clip(up, -activation.limit, activation.limit, out=up)
+        up += 1.0
+    activate(xp, activation, gate, out)
     out *= up
+
+
+def softcap(xp: Any, x: Any, cap: float) -> None:
+    """Replaces x by cap * tanh(x / cap)."""
+    x /= cap
+    xp.tanh(x, out=x)
+    x *= cap

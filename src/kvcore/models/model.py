@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from kvcore import checks
 from kvcore.backend import get_backend
 from kvcore.errors import ModelFileError, UnsupportedError
 from kvcore.models import hf, registry
 from kvcore.models.config import ModelConfig
 from kvcore.models.decoder import Decoder
+from kvcore.models.families import FAMILIES
 from kvcore.models.files import require
 from kvcore.models.gguf import GGUFFile
 from kvcore.models.gguf_tokenizer import build_tokenizer
 from kvcore.models.hf_tokenizer import read_tokenizer
 from kvcore.models.tokenizer import Tokenizer
 from kvcore.models.weights import DecoderWeights, RandomTensors, load_weights
-from kvcore.spec import CacheSpec
+from kvcore.spec import CacheSpec, GroupSpec
 
 
 class Model:
@@ -61,7 +63,7 @@ class Model:
             raise ModelFileError("a tokenizer expected, but a random model has none")
 
         tensors = RandomTensors(np.random.default_rng(seed), std)
-        weights = load_weights(config, tensors, threads=1)
+        weights = load_weights(config, FAMILIES[config.family], tensors, threads=1)
         return cls(config, Decoder(config, weights), no_tokenizer, source="random weights")
 
     @cached_property
@@ -81,18 +83,24 @@ class Model:
         self, block_size: int = 64, k_format: str = "bf16", v_format: str = "bf16"
     ) -> CacheSpec:
         """The cache that this model's decoder writes to."""
+        config = self.config
+        # Layers that see all tokens first, then those of each window: a group for each.
+        windows = sorted({config.window(i) or 0 for i in range(config.num_layers)})
+        latent = config.latent
         return CacheSpec(
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
-            block_size=block_size,
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            v_in_k=None if latent is None else latent.kv_rank,
+            groups=[GroupSpec(block_size) for _ in windows],
+            layer_groups=[windows.index(config.window(i) or 0) for i in range(config.num_layers)],
             k_format=k_format,
             v_format=v_format,
         )
 
     def __repr__(self) -> str:
         c = self.config
-        millions = c.num_parameters / 1e6
+        millions = self.decoder.weights.num_parameters / 1e6
         return (
             f"Model({self.source}: {c.family}, {millions:.0f}M parameters, {c.num_layers} layers, "
             f"{c.num_heads}/{c.num_kv_heads} heads of {c.head_dim}, vocabulary {c.vocab_size}, "
@@ -100,12 +108,20 @@ class Model:
         )
 
 
-def load(model: str | os.PathLike[str], backend: str = "cpu", *, progress: bool = False) -> Model:
+def load(
+    model: str | os.PathLike[str],
+    backend: str = "cpu",
+    *,
+    max_context: int | None = None,
+    progress: bool = False,
+) -> Model:
     """Loads a model.
 
     Args:
         model: a name ("smollm2"), a Hugging Face directory or a GGUF file.
         backend: where the decoder computes.
+        max_context: fewer tokens than the model's own maximum, as the longest text. A model with
+            LongRoPE computes short and long contexts differently, and chooses by it.
         progress: shows a bar on stderr while weights are read.
 
     Raises:
@@ -114,6 +130,8 @@ def load(model: str | os.PathLike[str], backend: str = "cpu", *, progress: bool 
         BackendUnavailable: if the backend cannot be used here.
     """
     get_backend(backend)
+    if max_context is not None:
+        checks.integer(max_context, "max_context", 1)
     if backend != "cpu":
         raise UnsupportedError(f"backend: the decoder computes on cpu, got {backend!r}")
     if isinstance(model, str) and model in registry.MODELS:
@@ -128,7 +146,8 @@ def load(model: str | os.PathLike[str], backend: str = "cpu", *, progress: bool 
             )
     track = _progress_bar if progress else iter
     try:
-        config, weights, load_tokenizer = (_load_hf if path.is_dir() else _load_gguf)(path, track)
+        load_parts = _load_hf if path.is_dir() else _load_gguf
+        config, weights, load_tokenizer = load_parts(path, max_context, track)
     except MemoryError as error:
         raise ModelFileError(f"{path}: a model that fits in memory expected: {error}") from error
     decoder = Decoder(config, weights)
@@ -139,17 +158,17 @@ _Track = Callable[[list[Any]], Iterable[Any]]
 _Parts = tuple[ModelConfig, DecoderWeights, Callable[[], Tokenizer]]
 
 
-def _load_hf(directory: Path, track: _Track) -> _Parts:
-    config = hf.read_config(directory)
+def _load_hf(directory: Path, max_context: int | None, track: _Track) -> _Parts:
+    config = hf.read_config(directory, max_context)
     with hf.SafetensorsSource(directory) as source:
-        weights = load_weights(config, source, track=track)
+        weights = load_weights(config, FAMILIES[config.family], source, track=track)
     return config, weights, lambda: read_tokenizer(directory, config.eos_ids)
 
 
-def _load_gguf(path: Path, track: _Track) -> _Parts:
+def _load_gguf(path: Path, max_context: int | None, track: _Track) -> _Parts:
     file = GGUFFile(path)
-    config, metadata = file.config, file.metadata
-    weights = load_weights(config, file, track=track)
+    config, metadata = file.config(max_context), file.metadata
+    weights = load_weights(config, file, file, track=track)
     return config, weights, lambda: build_tokenizer(path, metadata, config.eos_ids)
 
 

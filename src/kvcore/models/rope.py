@@ -57,9 +57,13 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class FrequencyFactors:
-    """One divisor per frequency, as GGUF's `rope_freqs.weight` stores a computed rescaling."""
+    """One divisor per frequency, as GGUF's `rope_freqs.weight` or LongRoPE have them.
+
+    `attention_factor` multiplies cos and sin.
+    """
 
     factors: tuple[float, ...]
+    attention_factor: float = 1.0
 
 
 RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
@@ -67,7 +71,7 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary embedding over heads of `dim` elements with base `theta`."""
+    """A rotary embedding of the first `dim` elements of each head, with base `theta`."""
 
     dim: int
     theta: float
@@ -86,14 +90,15 @@ class Rope:
 def yarn_attention_factor(
     factor: float, mscale: float | None = None, mscale_all_dim: float | None = None
 ) -> float:
-    """The temperature of YaRN, 0.1 ln(factor) + 1, or DeepSeek's ratio of two such terms."""
-
-    def temperature(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
+    """What cos and sin are multiplied with: YaRN's temperature, or DeepSeek's ratio of two."""
     if mscale and mscale_all_dim:
-        return temperature(mscale) / temperature(mscale_all_dim)
-    return temperature(1.0)
+        return yarn_temperature(factor, mscale) / yarn_temperature(factor, mscale_all_dim)
+    return yarn_temperature(factor)
+
+
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1, or 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def inverse_frequencies(rope: Rope) -> tuple[npt.NDArray[np.float64], float]:
@@ -104,8 +109,8 @@ def inverse_frequencies(rope: Rope) -> tuple[npt.NDArray[np.float64], float]:
             return inv_freq, 1.0
         case LinearScaling(factor=factor):
             return inv_freq / factor, 1.0
-        case FrequencyFactors(factors=factors):
-            return inv_freq / np.asarray(factors, np.float64), 1.0
+        case FrequencyFactors(factors=factors, attention_factor=attention_factor):
+            return inv_freq / np.asarray(factors, np.float64), attention_factor
         case Llama3Scaling() as scaling:
             return _llama3(inv_freq, scaling), 1.0
         case YarnScaling() as scaling:
@@ -162,11 +167,15 @@ class Rotation:
         return part
 
     def apply(self, x: Any, out: Any, rows: slice = slice(None)) -> None:
-        """Writes rows of x [T, H, dim], rotated, to `out` of the same shape.
+        """Writes rows of x [T, H, D], of which `dim` elements turn, to `out` of the same shape.
 
         Those of x are used up as scratch.
         """
-        tokens, heads, dim = x.shape
+        tokens, heads, head_dim = x.shape
+        dim = 2 * self._cos.shape[-1]
+        if dim < head_dim:
+            out[rows, :, dim:] = x[rows, :, dim:]
+            x, out = x[..., :dim], out[..., :dim]
         halves = x.reshape(tokens, heads, 2, dim // 2)[rows]
         rotated = out.reshape(tokens, heads, 2, dim // 2)[rows]
         self._xp.multiply(halves[:, :, ::-1], self._sin[rows], out=rotated)

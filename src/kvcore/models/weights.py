@@ -1,18 +1,16 @@
-"""A decoder's weights: float32 matrices in the shapes that the decoder reads them."""
+"""A decoder's weights: float32 arrays in the shapes that the decoder reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcore.models.config import ModelConfig
-
-FloatArray = npt.NDArray[np.float32]
+from kvcore.models.tensors import FloatArray, Tensor, Tensors, shape_of
 
 # Matrices start on this many bytes, so that no vector load straddles a cache line.
 ALIGNMENT = 64
@@ -22,58 +20,123 @@ ALIGNMENT = 64
 class LayerWeights:
     """One layer. Matrices are [outputs, inputs]; arrays are of the decoder's array module.
 
+    A norm is [hidden], or with LayerNorm [2, hidden]: weight and bias. What a family does not have
+    is None.
+
     Attributes:
         qkv: [(Hq + 2 H) D, hidden]: query, key and value projections, one below the other.
-        gate_up: [2 F, hidden]: SwiGLU's gate and up projections, one below the other.
+        gate_up: [2 F, hidden]: the MLP's gate and up projections, one below the other, or
+            [F, hidden] without a gate. In a layer with experts, those of the shared MLP.
         q_norm, k_norm: [D], of families with query and key norms.
+        sinks: [Hq], the logits that take part in the softmax without a value.
+        attention_post_norm, mlp_post_norm: norms of what is added to the residual.
+        q_a, q_b: [q_rank, hidden] and [Hq (nope_dim + rope_dim), q_rank], latent attention's
+            projection of queries; without q_rank, q_b is [Hq (nope_dim + rope_dim), hidden].
+        kv_a: [kv_rank + rope_dim, hidden], to the latent and the shared key.
+        key_up: [Hq, kv_rank, nope_dim], from a query to what is multiplied with the latent.
+        value_up: [Hq, value_dim, kv_rank], from the latent to a head's value.
+        router: [E, hidden].
+        expert_gate_up, expert_down: [E, 2 F, hidden] and [E, hidden, F].
+        choice_bias: [E], for the choice of experts alone.
     """
 
     attention_norm: Any
-    qkv: Any
     output: Any
     mlp_norm: Any
-    gate_up: Any
-    down: Any
+    qkv: Any = None
     qkv_bias: Any = None
     output_bias: Any = None
-    gate_up_bias: Any = None
-    down_bias: Any = None
     q_norm: Any = None
     k_norm: Any = None
+    sinks: Any = None
+    q_a: Any = None
+    q_a_bias: Any = None
+    q_a_norm: Any = None
+    q_b: Any = None
+    kv_a: Any = None
+    kv_a_bias: Any = None
+    kv_a_norm: Any = None
+    key_up: Any = None
+    value_up: Any = None
+    gate_up: Any = None
+    gate_up_bias: Any = None
+    down: Any = None
+    down_bias: Any = None
+    router: Any = None
+    router_bias: Any = None
+    choice_bias: Any = None
+    expert_gate_up: Any = None
+    expert_gate_up_bias: Any = None
+    expert_down: Any = None
+    expert_down_bias: Any = None
+    attention_post_norm: Any = None
+    mlp_post_norm: Any = None
+
+    def arrays(self) -> Iterator[Any]:
+        """Those that the layer has."""
+        return (array for array in vars(self).values() if array is not None)
 
 
 @dataclass
 class DecoderWeights:
     """All of a decoder: embedding [vocab, hidden], layers, final norm, head [vocab, hidden].
 
-    `head` is the very array `embedding` when the model ties them.
+    Attributes:
+        head: the very array `embedding` when the model ties them.
+        positions: [max_context, hidden], added to the embedding; None with rotary embedding.
     """
 
     embedding: Any
     layers: list[LayerWeights]
     norm: Any
     head: Any
+    positions: Any = None
+
+    def arrays(self) -> Iterator[Any]:
+        """All arrays, tied ones once."""
+        yield self.embedding
+        yield self.norm
+        if self.head is not self.embedding:
+            yield self.head
+        if self.positions is not None:
+            yield self.positions
+        for layer in self.layers:
+            yield from layer.arrays()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, tied ones counted once."""
-        arrays = [self.embedding, self.norm]
-        if self.head is not self.embedding:
-            arrays.append(self.head)
-        for layer in self.layers:
-            arrays += [array for array in vars(layer).values() if array is not None]
-        return sum(int(array.nbytes) for array in arrays)
+        return sum(int(array.nbytes) for array in self.arrays())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all arrays, tied ones counted once."""
+        return sum(int(array.size) for array in self.arrays())
+
+
+class Checkpoint(Protocol):
+    """Where a checkpoint of a family keeps its weights."""
+
+    def outer(self, config: ModelConfig) -> Tensors:
+        """The tensors of the `DecoderWeights` that are no layer's, by field."""
+
+    def layer(self, config: ModelConfig, index: int) -> Tensors:
+        """The tensors of a layer's `LayerWeights`, by field.
+
+        Layers with experts are alike, and so are those without.
+        """
 
 
 class TensorSource(Protocol):
     """Where tensors come from: a file format, or a random generator."""
 
-    def read(self, name: str, out: FloatArray) -> None:
-        """Fills `out` with the tensor of a Hugging Face name, or raises ModelFileError."""
+    def read(self, tensor: Tensor, out: FloatArray) -> None:
+        """Fills `out` with a tensor, or raises ModelFileError."""
 
 
 def load_weights(
     config: ModelConfig,
+    checkpoint: Checkpoint,
     source: TensorSource,
     *,
     threads: int = 2,
@@ -84,13 +147,14 @@ def load_weights(
     All arrays lie in one allocation, which the system can back with large pages.
 
     Args:
+        checkpoint: which tensor fills which part of which array.
         threads: tensors that are read at a time; 1 reads them in a fixed order.
         track: wraps the iteration over tensors, for a progress bar.
     """
-    weights, parts = _lay_out(config)
+    weights, parts = _lay_out(config, checkpoint)
     pool = ThreadPoolExecutor(threads)
     try:
-        reads = [pool.submit(source.read, name, out) for name, out in parts]
+        reads = [pool.submit(source.read, tensor, out) for tensor, out in parts]
         for read in track(reads):
             read.result()
     finally:
@@ -98,70 +162,80 @@ def load_weights(
     return weights
 
 
-def _lay_out(config: ModelConfig) -> tuple[DecoderWeights, list[tuple[str, FloatArray]]]:
-    """Unfilled weights, and which tensor, by its Hugging Face name, fills which part of them."""
-    arena = _Arena(config)
-    parts: list[tuple[str, FloatArray]] = []
-    hidden, inter, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+def _lay_out(
+    config: ModelConfig, checkpoint: Checkpoint
+) -> tuple[DecoderWeights, list[tuple[Tensor, FloatArray]]]:
+    """Unfilled weights, and which tensor fills which part of them."""
+    arena = _Arena(_count_elements(config, checkpoint))
+    parts: list[tuple[Tensor, FloatArray]] = []
 
-    def one(name: str, *shape: int) -> FloatArray:
-        return stack([name], [shape[0]], *shape[1:])
+    def take(tensors: Tensors) -> dict[str, FloatArray]:
+        arrays = {}
+        for name, pieces in tensors.items():
+            out = arrays[name] = arena.take(shape_of(pieces))
+            start = 0
+            for piece in pieces:
+                rows = piece.part[0]
+                parts.append((piece, out[start : start + rows]))
+                start += rows
+        return arrays
 
-    def stack(names: list[str], rows: list[int], *columns: int) -> FloatArray:
-        out = arena.take(sum(rows), *columns)
-        parts.extend(zip(names, np.split(out, np.cumsum(rows)[:-1]), strict=True))
-        return out
+    outer = take(checkpoint.outer(config))
+    outer.setdefault("head", outer["embedding"])
+    layers = [
+        LayerWeights(**take(checkpoint.layer(config, index))) for index in range(config.num_layers)
+    ]
+    for layer in layers:
+        if layer.expert_gate_up is not None:
+            layer.expert_gate_up, layer.expert_down = _by_expert(config, layer)
+    return DecoderWeights(**outer, layers=layers), parts
 
-    def lay_out_layer(index: int) -> LayerWeights:
-        at = f"model.layers.{index}."
-        qkv = [at + f"self_attn.{x}_proj." for x in "qkv"]
-        qkv_rows = [config.q_size, config.kv_size, config.kv_size]
-        gate_up = [at + f"mlp.{x}_proj." for x in ("gate", "up")]
-        output, down = at + "self_attn.o_proj.", at + "mlp.down_proj."
-        layer = LayerWeights(
-            attention_norm=one(at + "input_layernorm.weight", hidden),
-            qkv=stack([name + "weight" for name in qkv], qkv_rows, hidden),
-            output=one(output + "weight", hidden, config.q_size),
-            mlp_norm=one(at + "post_attention_layernorm.weight", hidden),
-            gate_up=stack([name + "weight" for name in gate_up], [inter, inter], hidden),
-            down=one(down + "weight", hidden, inter),
-        )
-        if config.qkv_bias:
-            layer.qkv_bias = stack([name + "bias" for name in qkv], qkv_rows)
-        if config.output_bias:
-            layer.output_bias = one(output + "bias", hidden)
-        if config.mlp_bias:
-            layer.gate_up_bias = stack([name + "bias" for name in gate_up], [inter, inter])
-            layer.down_bias = one(down + "bias", hidden)
-        if config.qk_norm:
-            layer.q_norm = one(at + "self_attn.q_norm.weight", head_dim)
-            layer.k_norm = one(at + "self_attn.k_norm.weight", head_dim)
-        return layer
 
-    embedding = one("model.embed_tokens.weight", config.vocab_size, hidden)
-    layers = [lay_out_layer(index) for index in range(config.num_layers)]
-    norm = one("model.norm.weight", hidden)
-    head = embedding if config.tied_head else one("lm_head.weight", config.vocab_size, hidden)
-    return DecoderWeights(embedding, layers, norm, head), parts
+def _count_elements(config: ModelConfig, checkpoint: Checkpoint) -> int:
+    """Elements of an arena that holds all arrays, computed without a look at every layer."""
+
+    def size(tensors: Tensors) -> int:
+        return sum(_aligned(int(np.prod(shape_of(pieces)))) for pieces in tensors.values())
+
+    count, last = config.num_layers, config.num_layers - 1
+    first_experts = count if config.experts is None else min(config.experts.first_layer, count)
+    total = size(checkpoint.outer(config))
+    if first_experts:
+        total += first_experts * size(checkpoint.layer(config, 0))
+    if first_experts < count:
+        total += (count - first_experts) * size(checkpoint.layer(config, last))
+    return total
+
+
+def _by_expert(config: ModelConfig, layer: LayerWeights) -> tuple[FloatArray, FloatArray]:
+    """A layer's experts, however they lie in files: [E, 2 F, hidden] and [E, hidden, F]."""
+    assert config.experts is not None
+    count, size = config.experts.count, config.experts.intermediate_size
+    return (
+        layer.expert_gate_up.reshape(count, 2 * size, config.hidden_size),
+        layer.expert_down.reshape(count, config.hidden_size, size),
+    )
+
+
+def _aligned(size: int) -> int:
+    step = ALIGNMENT // 4
+    return -(-size // step) * step
 
 
 class _Arena:
     """One float32 allocation that arrays are cut from."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        step = ALIGNMENT // 4
-        arrays = 3 + 12 * config.num_layers
-        size = config.num_parameters + (arrays + 1) * step
+    def __init__(self, size: int) -> None:
+        size += ALIGNMENT // 4
         if 4 * size > np.iinfo(np.intp).max:
             raise MemoryError(f"weights of {4 * size} bytes")
         self._memory = np.empty(size, np.float32)
-        self._next = -(self._memory.ctypes.data // 4) % step
-        self._step = step
+        self._next = -(self._memory.ctypes.data // 4) % (ALIGNMENT // 4)
 
-    def take(self, *shape: int) -> FloatArray:
+    def take(self, shape: tuple[int, ...]) -> FloatArray:
         size = int(np.prod(shape))
         start = self._next
-        self._next += -(-size // self._step) * self._step
+        self._next += _aligned(size)
         return self._memory[start : start + size].reshape(shape)
 
 
@@ -175,9 +249,9 @@ class RandomTensors:
     rng: np.random.Generator
     std: float = 0.15
 
-    def read(self, name: str, out: FloatArray) -> None:
+    def read(self, tensor: Tensor, out: FloatArray) -> None:
         """Fills `out` with new draws."""
-        self.rng.standard_normal(out=out, dtype=np.float32)
-        out *= self.std
-        if "norm" in name:
-            out += 1.0
+        values = self.rng.standard_normal(tensor.shape, dtype=np.float32)
+        values *= self.std
+        values += tensor.center
+        out[...] = tensor.pick(values)
