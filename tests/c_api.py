@@ -23,7 +23,7 @@ import kvcore
 
 
 class GroupConfig(Structure):
-    _fields_ = [("block_size", c_int32), ("num_blocks", c_int32)]
+    _fields_ = [("block_size", c_int32), ("num_blocks", c_int32), ("retention", c_int32)]
 
 
 class LayerConfig(Structure):
@@ -44,7 +44,7 @@ class GroupStats(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         *((name, c_int32) for name in ("total", "in_use", "cached", "free")),
-        *((name, c_int64) for name in ("allocations", "evictions", "copies")),
+        *((name, c_int64) for name in ("allocations", "evictions", "copies", "released")),
     ]
 
 
@@ -93,7 +93,10 @@ class CCache:
     def __init__(self, spec, num_blocks):
         self.library = load()
         groups = (GroupConfig * len(spec.groups))(
-            *((g.block_size, n) for g, n in zip(spec.groups, num_blocks, strict=True))
+            *(
+                (g.block_size, n, g.retention or 0)
+                for g, n in zip(spec.groups, num_blocks, strict=True)
+            )
         )
         layers = (LayerConfig * spec.num_layers)(*((x.group, x.kv_source) for x in spec.layers))
         config = CacheConfig(ctypes.sizeof(CacheConfig), len(groups), groups, len(layers), layers)

@@ -63,7 +63,7 @@ def poison(cache, sequences=()):
         block_size = cache.spec.groups[spec.group].block_size
         owned = np.zeros((cache.num_blocks[spec.group], block_size), bool)
         for sequence in sequences:
-            position = np.arange(len(sequence))
+            position = np.arange(sequence.first_kept(spec.group), len(sequence))
             blocks = sequence.blocks(spec.group)
             owned[blocks[position // block_size], position % block_size] = True
         for array in stored(cache, layer):

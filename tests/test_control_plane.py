@@ -30,17 +30,19 @@ from support import assert_balanced, poison
 
 HEAD_DIM = 8
 SPAN = 32  # tokens of the largest block: prefixes are found in steps of it
+RETENTION = 20  # of the last group
 SPEC = kvcore.CacheSpec(
-    3,
+    4,
     1,
     HEAD_DIM,
-    groups=[kvcore.GroupSpec(16), kvcore.GroupSpec(SPAN)],
-    layer_groups=[0, 1, 0],
+    groups=[kvcore.GroupSpec(16), kvcore.GroupSpec(SPAN), kvcore.GroupSpec(16, RETENTION)],
+    layer_groups=[0, 1, 0, 2],
     kv_sources={2: 0},
     k_format="fp32",
     v_format="fp32",
 )
-NUM_BLOCKS = (14, 8)
+OWNERS = {0, 1, 3}  # the layers that own storage
+NUM_BLOCKS = (14, 8, 11)
 DOCUMENTS = [[(7 * d + i * i) % 23 for i in range(120)] for d in range(2)]
 DOCUMENTS.append([*DOCUMENTS[0][:40], *DOCUMENTS[1][40:]])  # the same beginning, then another text
 
@@ -62,6 +64,15 @@ def rows(values, layer: int) -> np.ndarray:
     """What a layer stores for tokens of these marks: [n, 1, HEAD_DIM]."""
     columns = np.arange(HEAD_DIM) + 100 * layer
     return (np.array(values, np.float32)[:, None, None] * 8 + columns).astype(np.float32)
+
+
+def first_kept(num_tokens: int, group: int = 2) -> int:
+    """The first token of the first block that the next token may read from."""
+    return max(0, num_tokens - RETENTION + 1) // 16 * 16 if group == 2 else 0
+
+
+def can_shorten(num_tokens: int, length: int) -> bool:
+    return length == 0 or max(0, length - RETENTION + 1) >= first_kept(num_tokens)
 
 
 @dataclass(eq=False)
@@ -170,6 +181,9 @@ class ControlPlane(RuleBasedStateMachine):
         if text.step:
             self.expect_busy(text.sequence.fork, *arguments)
             return multiple()
+        if not can_shorten(len(text.marks), length):
+            self.expect_released(text.sequence.fork, length)
+            return multiple()
         return self.add(text.sequence.fork(*arguments), text.root, text.marks[:length])
 
     @rule(text=texts, share=st.floats(0, 1))
@@ -181,6 +195,9 @@ class ControlPlane(RuleBasedStateMachine):
         length = round(share * len(text.marks))
         if text.step:
             self.expect_busy(text.sequence.truncate, length)
+            return
+        if not can_shorten(len(text.marks), length):
+            self.expect_released(text.sequence.truncate, length)
             return
         text.sequence.truncate(length)
         del text.marks[length:]
@@ -263,7 +280,7 @@ class ControlPlane(RuleBasedStateMachine):
                     call()
             del opened.step  # it holds its sequences, which `drop` wants to be the last to hold
 
-    @rule(opened=steps, layer=st.sampled_from([0, 1]))
+    @rule(opened=steps, layer=st.sampled_from(sorted(OWNERS)))
     def append(self, opened, layer):
         self.count("append")
         if layer in opened.appended:
@@ -275,7 +292,7 @@ class ControlPlane(RuleBasedStateMachine):
     @rule(opened=consumes(steps))
     def commit(self, opened):
         self.count("commit")
-        for layer in {0, 1} - opened.appended:
+        for layer in OWNERS - opened.appended:
             opened.append(layer)
         opened.step.commit()
         self.close(opened, committed=True)
@@ -283,7 +300,7 @@ class ControlPlane(RuleBasedStateMachine):
     @rule(opened=consumes(steps))
     def commit_as_it_is(self, opened):
         self.count("commit as it is")
-        complete = opened.appended == {0, 1}
+        complete = opened.appended == OWNERS
         if complete:
             opened.step.commit()
         else:
@@ -320,6 +337,11 @@ class ControlPlane(RuleBasedStateMachine):
         with pytest.raises(kvcore.SequenceFreed):
             call(*arguments)
 
+    def expect_released(self, call, length):
+        self.count("released")
+        with pytest.raises(kvcore.TokensReleased, match=r"^length: .* group 2, "):
+            call(length)
+
     def expect_busy(self, call, *arguments):
         with pytest.raises(kvcore.SequenceBusy):
             call(*arguments)
@@ -337,9 +359,10 @@ class ControlPlane(RuleBasedStateMachine):
             assert len(text.sequence) == len(text.marks)
             if text.step:
                 continue
-            for layer, source in enumerate((0, 1, 0)):
+            for layer, source in enumerate((0, 1, 0, 3)):
                 k, v = text.sequence.read(layer)
-                expected = rows(text.marks, source)
+                first = first_kept(len(text.marks), SPEC.layers[layer].group)
+                expected = rows(text.marks[first:], source)
                 assert np.array_equal(k, expected) and np.array_equal(v, -expected)
 
     @invariant()
@@ -349,7 +372,9 @@ class ControlPlane(RuleBasedStateMachine):
             for text in self.alive:
                 blocks = text.sequence.blocks(group).tolist()
                 assert len(blocks) == -(-len(text.marks) // size)
-                for column, block in enumerate(blocks):
+                first = first_kept(len(text.marks), group) // size
+                assert blocks[:first] == [-1] * first and -1 not in blocks[first:]
+                for column, block in enumerate(blocks[first:], first):
                     held.setdefault(block, []).append((column, text))
             for holders in held.values():
                 column, first = holders[0]
@@ -381,8 +406,9 @@ def test_ten_thousand_operations():
     counts = ControlPlane.operations
     assert sum(counts.values()) > 10_000, counts
     # Each kind of event has come about, the telling ones often.
-    assert min(counts[name] for name in ("hit", "out of blocks", "commit", "drop")) > 100, counts
-    assert len(counts) == 17, counts
+    telling = ("hit", "out of blocks", "commit", "drop", "released")
+    assert min(counts[name] for name in telling) > 100, counts
+    assert len(counts) == 18, counts
 
 
 @pytest.mark.slow

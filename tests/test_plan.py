@@ -22,6 +22,26 @@ TRACED = {
         ),
         (40, 9, 17),
     ),
+    "windows beside full attention": (
+        kvcore.CacheSpec(
+            3,
+            1,
+            8,
+            groups=[kvcore.GroupSpec(32), kvcore.GroupSpec(16, 20), kvcore.GroupSpec(64, 70)],
+            layer_groups=[0, 1, 2],
+        ),
+        (20, 24, 8),
+    ),
+    "windows alone": (
+        kvcore.CacheSpec(
+            2,
+            1,
+            8,
+            groups=[kvcore.GroupSpec(16, 50), kvcore.GroupSpec(32, 1)],
+            layer_groups=[1, 0],
+        ),
+        (24, 16),
+    ),
 }
 
 
@@ -65,8 +85,12 @@ class TestDeterminism:
         shortages = [answer for answer in begun if isinstance(answer[0], int)]
         assert 0.05 < len(shortages) / len(begun) < 0.8
         assert any(a for operation, a in answers if operation == "create_cached")
-        allocations, evictions, copies = np.sum(player.balance(), axis=0)[3:]
+        allocations, evictions, copies, released = np.sum(player.balance(), axis=0)[3:]
         assert allocations > evictions > 100 and copies > 100
+        windows = any(group.retention for group in spec.groups)
+        assert released > 1000 if windows else released == 0
+        refusals = [a for operation, a in answers if operation in ("fork", "truncate") and a[0]]
+        assert len(refusals) > 100 if windows else not refusals
         player.cache.close()
 
 

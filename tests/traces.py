@@ -12,7 +12,7 @@ import random
 import numpy as np
 
 import kvcore
-from c_api import CCache, Shortage
+from c_api import CCache, Shortage, StatusError
 from support import append_all
 
 
@@ -69,6 +69,12 @@ def as_new(new):
     return new if isinstance(new, int) else np.array(new, np.int32)
 
 
+def is_released(error):
+    """Asserts that it says what a group's retention does not allow; True."""
+    assert isinstance(error, kvcore.TokensReleased) or error.name == "ERR_RELEASED", error
+    return True
+
+
 class Player:
     """Plays a trace. A step that found too few blocks is closed as soon as it was begun."""
 
@@ -85,12 +91,22 @@ class Player:
         self.sequences[name] = self._create()
 
     def fork(self, source, name, share):
+        """At the length that the trace asks for, or as a whole where that was released."""
         length = int(share * (self.length(source) + 1))
-        self.sequences[name] = self._fork(self.sequences[source], length)
+        released = False
+        try:
+            self.sequences[name] = self._fork(self.sequences[source], length)
+        except self.refusal as error:
+            released = is_released(error)
+            self.sequences[name] = self._fork(self.sequences[source], self.length(source))
+        return released, self.length(name), self.balance()
 
     def truncate(self, name, share):
-        self._truncate(self.sequences[name], int(share * (self.length(name) + 1)))
-        return self.length(name)
+        try:
+            self._truncate(self.sequences[name], int(share * (self.length(name) + 1)))
+        except self.refusal as error:
+            return is_released(error), self.length(name)
+        return False, self.length(name), self.balance()
 
     def begin(self, name, entries):
         entries = [(self.sequences[sequence], as_new(new)) for sequence, new in entries]
@@ -111,6 +127,8 @@ class Player:
 
 
 class PythonPlayer(Player):
+    refusal = kvcore.TokensReleased
+
     def __init__(self, spec, num_blocks):
         super().__init__()
         self.cache = kvcore.KVCache(spec, num_blocks=num_blocks)
@@ -162,12 +180,14 @@ class PythonPlayer(Player):
 
     def balance(self):
         return [
-            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies)
+            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies, g.released)
             for g in self.cache.stats().groups
         ]
 
 
 class CPlayer(Player):
+    refusal = StatusError
+
     def __init__(self, spec, num_blocks):
         super().__init__()
         self.cache = CCache(spec, num_blocks)
@@ -209,4 +229,7 @@ class CPlayer(Player):
 
     def balance(self):
         stats = [self.cache.group_stats(group) for group in range(self.cache.num_groups)]
-        return [(g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies) for g in stats]
+        return [
+            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies, g.released)
+            for g in stats
+        ]

@@ -27,6 +27,7 @@ from kvcore.errors import (
     StepClosed,
     StepError,
     StepIncomplete,
+    TokensReleased,
     UnsupportedError,
 )
 from kvcore.machine import (
@@ -68,6 +69,7 @@ __all__ = [
     "StepClosed",
     "StepError",
     "StepIncomplete",
+    "TokensReleased",
     "UnsupportedError",
     "available_backends",
     "available_isas",

@@ -12,7 +12,13 @@ from kvcore import arrays, checks
 from kvcore._native import steps
 from kvcore._native.blocks import ControlPlane
 from kvcore.backend import get_backend
-from kvcore.errors import ForeignSequence, InvalidArgument, InvalidType, SequenceFreed
+from kvcore.errors import (
+    ForeignSequence,
+    InvalidArgument,
+    InvalidType,
+    SequenceFreed,
+    TokensReleased,
+)
 from kvcore.sequence import Sequence
 from kvcore.spec import MAX_SLOTS, CacheSpec
 from kvcore.step import Step
@@ -28,6 +34,7 @@ class GroupStats:
         allocations: blocks handed out so far.
         evictions: cached blocks given up for new ones.
         copies: blocks copied on write.
+        released: blocks that sequences let go because they lay behind the group's retention.
     """
 
     total: int
@@ -37,6 +44,7 @@ class GroupStats:
     allocations: int
     evictions: int
     copies: int
+    released: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class CacheStats:
 
     Attributes:
         groups: each group's own counts.
-        total, in_use, cached, free, allocations, evictions, copies: their sums over the groups.
+        total, in_use, cached, free, allocations, evictions, copies, released: their sums over the
+            groups.
         bytes: bytes of storage, allocated when the cache was made.
         num_sequences: live sequences.
         open_steps: steps begun and not closed.
@@ -90,6 +99,10 @@ class CacheStats:
     def copies(self) -> int:
         return sum(group.copies for group in self.groups)
 
+    @property
+    def released(self) -> int:
+        return sum(group.released for group in self.groups)
+
 
 class KVCache:
     """A paged, shareable key/value cache.
@@ -124,10 +137,14 @@ class KVCache:
         self.num_blocks = _count_blocks(spec, num_blocks, memory)
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
-            [(group.block_size, n) for group, n in zip(spec.groups, self.num_blocks, strict=True)],
+            [
+                (group.block_size, n, group.retention or 0)
+                for group, n in zip(spec.groups, self.num_blocks, strict=True)
+            ],
             [(layer.group, layer.kv_source) for layer in spec.layers],
         )
         self._storage = self.backend.allocate(spec, self.num_blocks, device)
+        self._retentions = [spec.groups[layer.group].retention for layer in spec.layers]
 
     def __repr__(self) -> str:
         stats, spec = self.stats(), self.spec
@@ -230,12 +247,19 @@ class KVCache:
             raise InvalidArgument(f"{argument}: expected at least one token id, got none")
         return sequence, ids.size, ids
 
-    def _read(self, sequence: Sequence, layer: int) -> tuple[Any, Any]:
-        spec = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)]
+    def _read(self, sequence: Sequence, layer: int, start: int | None) -> tuple[Any, Any]:
+        group = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)].group
         # A fork holds the blocks while they are read, and refuses a sequence in an open step.
         held = sequence.fork()
         try:
-            return self.backend.read(self._storage, layer, held.blocks(spec.group), 0, len(held))
+            first, stop = held.first_kept(group), len(held)
+            begin = first if start is None else checks.integer(start, "start", 0, stop)
+            if begin < first:
+                raise TokensReleased(
+                    f"start: expected {first} to {stop}, the tokens that group {group} keeps, "
+                    f"got {begin}"
+                )
+            return self.backend.read(self._storage, layer, held.blocks(group), begin, stop)
         finally:
             held.free()
 

@@ -12,7 +12,7 @@ from kvcore._native import attention, quant
 from kvcore._native.blocks import Blocks, Memory, Plan
 from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_positions
 from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
-from kvcore.errors import InvalidArgument, InvalidType
+from kvcore.errors import InvalidArgument, InvalidType, TokensReleased
 from kvcore.formats import FORMATS, Format, get_format
 from kvcore.spec import MAX_HEAD_DIM, CacheSpec
 
@@ -147,8 +147,15 @@ class CpuBackend:
         k_view = _user_blocks(k_blocks, "k_blocks", layout)
         v_view = _user_blocks(v_blocks, "v_blocks", layout)
         _check_pair(k_view, v_view)
-        plan = _user_plan(block_tables, seq_lens, query_starts, k_view)
-        return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
+        narrowed = options.window is not None or options.mask is not None
+        plan = _user_plan(block_tables, seq_lens, query_starts, k_view, narrowed)
+        try:
+            return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
+        except TokensReleased:
+            raise InvalidArgument(
+                "block_tables: expected -1 only where window and mask let no token see, got -1 "
+                "between the first and the last token that one sees"
+            ) from None
 
     def attention(
         self,
@@ -364,8 +371,13 @@ def _check_pair(k_blocks: Blocks, v_blocks: Blocks) -> None:
             )
 
 
-def _user_plan(block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Blocks) -> Plan:
-    """The plan that a caller's own books describe, checked so that no read leaves the blocks."""
+def _user_plan(
+    block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Blocks, narrowed: bool
+) -> Plan:
+    """The plan that a caller's own books describe, checked so that no read leaves the blocks.
+
+    `narrowed`: no token may see some blocks, which are then allowed to be -1.
+    """
     tables = arrays.as_index(block_tables, "block_tables", 2)
     lens = arrays.as_index(seq_lens, "seq_lens", 1)
     starts = arrays.as_index(query_starts, "query_starts", 1)
@@ -387,7 +399,7 @@ def _user_plan(block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Bloc
         )
     columns = -(-lens // block_size)
     used = tables[np.arange(tables.shape[1]) < columns[:, None]]
-    if used.size and (used.min() < 0 or used.max() >= num_blocks):
+    if used.size and (used.min() < -narrowed or used.max() >= num_blocks):
         raise InvalidArgument(
             f"block_tables: expected blocks 0 to {num_blocks - 1} in the columns that seq_lens "
             f"covers, got {used.min()} to {used.max()}"

@@ -50,6 +50,10 @@ class ForeignSequence(SequenceError, ValueError):
     """The sequence belongs to another cache."""
 
 
+class TokensReleased(SequenceError, ValueError):
+    """A call needs tokens that lie behind a group's retention, whose blocks were released."""
+
+
 class StepError(KVCoreError):
     """A step is used out of order."""
 
@@ -100,5 +104,6 @@ STATUS_EXCEPTIONS: dict[str, type[Exception]] = {
     "ERR_ALREADY_APPENDED": StepError,
     "ERR_NOT_APPENDED": StepError,
     "ERR_NO_STORAGE": StepError,
+    "ERR_RELEASED": TokensReleased,
     "ERR_CORRUPT": CacheCorrupt,
 }

@@ -77,7 +77,7 @@ def paged_attention(
         q: [T, Hq, D], the new tokens of all sequences one after the other; Hq is a multiple of H.
         k_blocks, v_blocks: the blocks; v_blocks may be a view such as k_blocks[..., :512].
         block_tables: int32 [S, W], each sequence's blocks in order; what lies beyond seq_lens is
-            not looked at.
+            not looked at, and a block of which a window or mask lets no token see may be -1.
         seq_lens: int32 [S], tokens that each sequence has in the blocks, the new ones included.
         query_starts: int32 [S + 1], where each sequence's new tokens start in q.
         scale: s = (q . k) * scale; 1 / sqrt(D) when left out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvcore import checks
-from kvcore.errors import SequenceFreed
+from kvcore.errors import SequenceFreed, TokensReleased
 
 if TYPE_CHECKING:
     from kvcore._native.blocks import SequenceHandle
@@ -48,18 +48,25 @@ class Sequence:
         Raises:
             SequenceBusy: an open step holds this sequence.
             SequenceFreed: it was freed.
+            TokensReleased: a group's retention has released tokens that the next one would read.
         """
         tokens = -1 if length is None else checks.integer(length, "length", 0, len(self))
-        return Sequence(self.cache, self.cache._control.fork(self._live(), tokens))
+        try:
+            return Sequence(self.cache, self.cache._control.fork(self._live(), tokens))
+        except TokensReleased:
+            raise self._released(tokens) from None
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens (transformers calls it crop).
 
         Raises:
-            SequenceBusy, SequenceFreed: as for `fork`.
+            SequenceBusy, SequenceFreed, TokensReleased: as for `fork`.
         """
         kept = checks.integer(length, "length", 0, len(self))
-        self.cache._control.truncate(self._live(), kept)
+        try:
+            self.cache._control.truncate(self._live(), kept)
+        except TokensReleased:
+            raise self._released(kept) from None
 
     def free(self) -> None:
         """Gives the blocks back. The sequence cannot be used afterwards.
@@ -69,22 +76,49 @@ class Sequence:
         """
         self.cache._control.free(self._live())
 
-    def read(self, layer: int) -> tuple[Any, Any]:
+    def read(self, layer: int, start: int | None = None) -> tuple[Any, Any]:
         """What the cache holds of this sequence in a layer, decoded.
 
+        Args:
+            layer: the layer.
+            start: the first token to read; `first_kept` of the layer's group when left out, which
+                is 0 unless the group has a retention.
+
         Returns:
-            k float32 [len, num_kv_heads, head_dim] and v [len, num_kv_heads, head_dim_v], a view
-            of k where V lies in K (`v_in_k`).
+            k float32 [len - start, num_kv_heads, head_dim] and v [len - start, num_kv_heads,
+            head_dim_v], a view of k where V lies in K (`v_in_k`).
 
         Raises:
             SequenceBusy, SequenceFreed: as for `fork`.
+            TokensReleased: `start` lies before what is kept.
         """
-        return self.cache._read(self, layer)
+        return self.cache._read(self, layer, start)
+
+    def first_kept(self, group: int = 0) -> int:
+        """The first token that a group still holds; 0 unless it has a retention."""
+        return self.cache.spec.groups[self._group(group)].first_kept(len(self))
 
     def blocks(self, group: int = 0) -> Any:
-        """The numbers of the sequence's blocks in a group, in order: int32 [columns]."""
-        last = len(self.cache.spec.groups) - 1
-        return self.cache._control.blocks(self._live(), checks.integer(group, "group", 0, last))
+        """The numbers of the sequence's blocks in a group, in order: int32 [columns].
+
+        -1 stands for a block that the group's retention has released.
+        """
+        return self.cache._control.blocks(self._live(), self._group(group))
+
+    def _group(self, group: int) -> int:
+        return checks.integer(group, "group", 0, len(self.cache.spec.groups) - 1)
+
+    def _released(self, length: int) -> TokensReleased:
+        """Why the sequence cannot be cut to `length` tokens."""
+        kept = [group.first_kept(len(self)) for group in self.cache.spec.groups]
+        reads = [group.first_kept(length) for group in self.cache.spec.groups]
+        g = next(g for g, first in enumerate(reads) if first < min(kept[g], length))
+        retention = self.cache.spec.groups[g].retention
+        assert retention is not None
+        return TokensReleased(
+            f"length: expected 0 or {kept[g] + retention - 1} to {len(self)}, got {length}: "
+            f"group {g}, with a retention of {retention}, keeps the tokens from {kept[g]} on"
+        )
 
     def _live(self) -> SequenceHandle:
         if not self._handle.is_live:

@@ -61,16 +61,48 @@ class LayerSpec:
 class GroupSpec:
     """Layers that share one pool of blocks and one block table per sequence.
 
+    A token of a layer with a window of w reads w tokens, itself included; a group of such layers
+    has retention=w. A commit at length n then releases every block that lies wholly below token
+    n - retention + 1. So a sequence cannot be truncated or forked far back: at its new length the
+    next token must still find all that it reads.
+
     Attributes:
         block_size: token slots of a block, a power of two from 16 to 4096.
+        retention: the widest window that `attend` may be given; None: every token is kept.
     """
 
     block_size: int = 64
+    retention: int | None = None
 
     def __post_init__(self) -> None:
         size = checks.integer(self.block_size, "block_size", MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
         if size & (size - 1):
             raise InvalidArgument(f"block_size: expected a power of two, got {size}")
+        if self.retention is not None:
+            checks.integer(self.retention, "retention", 1, MAX_SLOTS)
+
+    def first_kept(self, num_tokens: int) -> int:
+        """The first token that a sequence of `num_tokens` tokens still holds."""
+        if self.retention is None:
+            return 0
+        first = max(0, num_tokens - self.retention + 1)
+        return first // self.block_size * self.block_size
+
+    def blocks_for(self, num_tokens: int, num_new: int = 1) -> int:
+        """The most blocks that one sequence holds while it grows to `num_tokens` tokens.
+
+        Args:
+            num_tokens: its length in the end.
+            num_new: the most tokens that a step adds to it.
+        """
+        checks.integer(num_tokens, "num_tokens", 0)
+        checks.integer(num_new, "num_new", 1)
+        columns = -(-num_tokens // self.block_size)
+        if self.retention is None:
+            return columns
+        # What is kept before a step and the new tokens, wherever blocks begin.
+        span = self.retention - 1 + num_new
+        return min(columns, (span + self.block_size - 2) // self.block_size + 1)
 
 
 @dataclass(frozen=True, init=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcore import checks
 from kvcore.backend import AttendOptions
-from kvcore.errors import StepClosed, StepIncomplete
+from kvcore.errors import InvalidArgument, StepClosed, StepIncomplete
 
 if TYPE_CHECKING:
     from kvcore._native.blocks import Plan
@@ -131,7 +131,8 @@ class Step:
             alibi_slopes: [Hq]; s -= slope * (i - j), with i where the query stands in its
                 sequence and j where the key does.
             window: a token sees only the last `window` tokens up to its position and including it,
-                i - window < j <= i, of all that it would see otherwise. Others are not read.
+                i - window < j <= i, of all that it would see otherwise. Others are not read. At
+                most the retention of the layer's group, where that has one.
             causal: False lets every new token see all that its sequence holds.
             mask: for each sequence a boolean [new tokens, seq_len], True where a token sees a key,
                 or the same as bits, uint8 [new tokens, ceil(seq_len / 8)] as from
@@ -153,6 +154,7 @@ class Step:
         Raises:
             InvalidArgument, InvalidType: naming the argument.
             StepError: the layer was not appended yet.
+            TokensReleased: by `positions`, a token sees one that its group has released.
         """
         plan = self._plan_of(layer)
         self._native.check_attend(layer)
@@ -160,6 +162,12 @@ class Step:
         options = AttendOptions(
             scale, exact, softcap, alibi_slopes, causal, mask, window, positions, sinks
         )
+        retention = cache._retentions[layer]
+        if retention is not None and (window is None or window > retention):
+            raise InvalidArgument(
+                f"window: expected at most {retention}, the retention of layer {layer}'s group, "
+                f"got {window}"
+            )
         return cache.backend.attend(
             cache._storage, layer, plan, q, layout, options, return_lse, out
         )

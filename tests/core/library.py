@@ -18,6 +18,7 @@ DTYPES = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 OK, NULL, VALUE, RANGE, OVERFLOW, UNSUPPORTED = range(6)
+RELEASED = 17
 
 i32, i64, ptr = ct.c_int32, ct.c_int64, ct.c_void_p
 

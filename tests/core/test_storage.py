@@ -13,6 +13,7 @@ from core.library import (
     OK,
     OVERFLOW,
     RANGE,
+    RELEASED,
     VALUE,
     AttendOptions,
     Blocks,
@@ -240,7 +241,7 @@ def test_bad_slots(slots: list[int]) -> None:
         ([0, -1, 2], [3, 3], [0]),
         ([0, 2], [1], [0]),
         ([0, 2], [2], [4]),
-        ([0, 2], [2], [-1]),
+        ([0, 2], [2], [-2]),
         ([0, 2], [17], [0, 4]),
         ([0, 2], [-(2**31)], [0]),
     ],
@@ -253,6 +254,39 @@ def test_bad_plans(starts: list[int], lengths: list[int], row: list[int]) -> Non
     out = np.full((2, 2, 8), 3, np.float32)
     assert attend(step, rows, array, array, 1.0, out) == RANGE
     assert (out == 3).all()
+
+
+def test_released_blocks() -> None:
+    """-1 stands for a block that is gone: it may be in a row, but not among what is read."""
+    array, q = good_blocks(), np.ones((1, 2, 8), np.float32)
+    array[2:] = 5
+    step = Step(16, [1], [60], [[-1, -7, 2, 3]])
+    out = np.full_like(q, 3)
+    for window, status in [(0, RELEASED), (60, RELEASED), (45, RELEASED), (29, RANGE)]:
+        assert attend(step, q, array, array, 1.0, out, window=window) == status
+        assert (out == 3).all()
+    assert attend(step, q, array, array, 1.0, out, window=28) == OK
+    assert (out == 5).all()
+
+    read = np.full((30, 2, 8), 3, np.float32)
+    row = np.array([-1, 1, 2], np.int32).ctypes.data
+    assert lib.kv_read(blocks_of(array), row, 3, 15, 45, rows_of(read)) == RELEASED
+    assert (read == 3).all()
+    assert lib.kv_read(blocks_of(array), row, 3, 16, 46, rows_of(read)) == OK
+    assert (read[16:] == 5).all()
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])
+def test_v_may_view_k(fmt: str) -> None:
+    rng = np.random.default_rng(3)
+    k = rng.standard_normal((4, 2, 16, 24)).astype(DTYPES[fmt])
+    v = np.ascontiguousarray(k[..., :16])
+    q = rng.standard_normal((3, 4, 24)).astype(np.float32)
+    step = Step(16, [3], [40], [[2, 0, 3]])
+    outs = [np.zeros((3, 4, 16), np.float32) for _ in range(2)]
+    for out, values in zip(outs, (k[..., :16], v), strict=True):
+        assert attend(step, q, k, values, 0.2, out) == OK
+    assert outs[0].tobytes() == outs[1].tobytes() and outs[0].any()
 
 
 def test_bad_options() -> None:

@@ -37,6 +37,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
     ctypedef struct kv_group_config:
         int32_t block_size
         int32_t num_blocks
+        int32_t retention
     ctypedef struct kv_layer_config:
         int32_t group
         int32_t kv_source
@@ -65,6 +66,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int64_t allocations
         int64_t evictions
         int64_t copies
+        int64_t released
     kv_status kv_cache_get_stats(const kv_cache *cache, kv_cache_stats *out)
     kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group, kv_group_stats *out)
     kv_status kv_cache_check(const kv_cache *cache, char *message, size_t message_size)

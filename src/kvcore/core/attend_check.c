@@ -54,9 +54,7 @@ static int is_causal(const kv_attend_options *options, int32_t s) {
     return !options->non_causal && !(options->mask && options->mask_offsets[s] >= 0);
 }
 
-static kv_status check_sequences(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v,
-                                 const kv_attend_options *options) {
-    const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
+static kv_status check_lengths(const kv_plan *plan, const kv_attend_options *options) {
     if (plan->num_sequences > 0 && (!plan->seq_lens || !plan->block_rows))
         return KV_ERR_NULL;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
@@ -64,12 +62,27 @@ static kv_status check_sequences(const kv_plan *plan, const kv_blocks *k, const 
         const int32_t length = plan->seq_lens[s];
         if (length < 0 || (length < num_new && is_causal(options, s)))
             return KV_ERR_RANGE;
-        if (num_new == 0 || length == 0)
-            continue;
-        if (!plan->block_rows[s])
+        if (num_new > 0 && length > 0 && !plan->block_rows[s])
             return KV_ERR_NULL;
-        const kv_status status = kv_check_block_ids(
-            plan->block_rows[s], ((int64_t)length + k->block_size - 1) / k->block_size, num_blocks);
+    }
+    return KV_OK;
+}
+
+/* Blocks that no new token sees may have been released. */
+static kv_status check_seen_blocks(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v,
+                                   const kv_attend_options *options) {
+    const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
+    const kv_sight sight = kv_sight_of(plan, options);
+    for (int32_t s = 0; s < plan->num_sequences; s++) {
+        const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
+        if (num_new == 0)
+            continue;
+        const kv_span span = kv_joint_span(&sight, s, 0, num_new - 1);
+        if (span.begin == span.end)
+            continue;
+        const int32_t first = span.begin / k->block_size, last = (span.end - 1) / k->block_size;
+        const kv_status status =
+            kv_check_block_ids(plan->block_rows[s] + first, last - first + 1, num_blocks);
         if (status != KV_OK)
             return status;
     }
@@ -103,7 +116,8 @@ kv_status kv_check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks
         (status = kv_check_rows(out, plan->num_sequences, plan->num_tokens, 1)) != KV_OK ||
         (status = check_shapes(plan, q, k, v, out)) != KV_OK)
         return status;
-    if ((status = check_sequences(plan, k, v, known)) != KV_OK)
+    if ((status = check_lengths(plan, known)) != KV_OK ||
+        (status = check_option_arrays(plan, known, q->num_heads)) != KV_OK)
         return status;
-    return check_option_arrays(plan, known, q->num_heads);
+    return check_seen_blocks(plan, k, v, known);
 }

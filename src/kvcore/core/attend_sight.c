@@ -79,6 +79,26 @@ kv_view kv_look(const kv_sight *sight, int32_t s, int32_t token) {
     return view;
 }
 
+kv_span kv_joint_span(const kv_sight *sight, int32_t s, int32_t first, int32_t last) {
+    const kv_view view = kv_look(sight, s, last);
+    kv_span span = view.span;
+    /* Unless something narrows it, the last token sees all that the others see. */
+    if (!sight->narrowed)
+        return span;
+    if (!sight->moved && !view.mask)
+        return (kv_span){kv_look(sight, s, first).span.begin, span.end};
+    for (int32_t token = first; token < last; token++) {
+        const kv_span other = kv_look(sight, s, token).span;
+        if (span.begin == span.end) {
+            span = other;
+        } else if (other.begin < other.end) {
+            span.begin = other.begin < span.begin ? other.begin : span.begin;
+            span.end = other.end > span.end ? other.end : span.end;
+        }
+    }
+    return span;
+}
+
 /* Bits [begin, end) of one word, each counted from its first. */
 static uint32_t bit_range(int64_t begin, int64_t end) {
     begin = begin < 0 ? 0 : begin;

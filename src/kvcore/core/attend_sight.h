@@ -30,6 +30,9 @@ kv_sight kv_sight_of(const kv_plan *plan, const kv_attend_options *options);
 
 kv_view kv_look(const kv_sight *sight, int32_t s, int32_t token);
 
+/* The shortest span that holds all that new tokens [first, last] of sequence s see. */
+kv_span kv_joint_span(const kv_sight *sight, int32_t s, int32_t first, int32_t last);
+
 /* Whether a view has gaps. */
 static inline int kv_is_scattered(const kv_view *view) { return view->mask || view->placed; }
 

@@ -38,17 +38,7 @@ static int64_t row_cost(const kv_unit *unit) { return unit->num_rows + TOKEN_COS
 /* Where everything lies that the unit's rows see. */
 static void find_span(const kv_sight *sight, int32_t group_size, kv_unit *unit) {
     const int32_t last = (unit->first_row + unit->num_rows - 1) / group_size;
-    kv_span span = kv_look(sight, unit->sequence, last).span;
-    /* Unless something narrows it, the last row sees all that the others see. */
-    for (int32_t token = unit->first_row / group_size; sight->narrowed && token < last; token++) {
-        const kv_span other = kv_look(sight, unit->sequence, token).span;
-        if (span.begin == span.end) {
-            span = other;
-        } else if (other.begin < other.end) {
-            span.begin = other.begin < span.begin ? other.begin : span.begin;
-            span.end = other.end > span.end ? other.end : span.end;
-        }
-    }
+    const kv_span span = kv_joint_span(sight, unit->sequence, unit->first_row / group_size, last);
     unit->begin = span.begin;
     unit->end = span.end;
 }

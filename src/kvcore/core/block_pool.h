@@ -9,9 +9,11 @@
 #include "kvcore.h"
 
 #define KV_NO_NODE (-1)
+#define KV_NO_BLOCK (-1)
 
 typedef struct kv_pool {
     int32_t block_size, num_blocks;
+    int32_t retention; /* 0: every token is kept */
     int32_t num_free, num_cached;
     int32_t *refcounts;     /* [N] */
     uint32_t *generations;  /* [N] raised each time the block is handed out */
@@ -19,7 +21,7 @@ typedef struct kv_pool {
     int32_t *free_stack;    /* [N] the next block to hand out is on top */
     int32_t *older, *newer; /* [N] the cached blocks by last use, -1 at both ends */
     int32_t oldest, newest; /* the ends of that list, -1 when it is empty */
-    int64_t allocations, evictions, copies;
+    int64_t allocations, evictions, copies, released;
 } kv_pool;
 
 /* A block and the generation it had, so that a stale reference is told from a live one. */

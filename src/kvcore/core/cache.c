@@ -110,24 +110,26 @@ kv_status kv_cache_destroy(kv_cache *cache) {
 int32_t kv_cache_take_block(kv_cache *cache, int32_t group) {
     kv_pool *pool = &cache->pools[group];
     if (pool->num_free == 0) {
-        kv_prefix_remove(&cache->prefixes, pool->nodes[pool->oldest]);
+        kv_prefix_evict(&cache->prefixes, group);
         pool->evictions++;
     }
     return kv_pool_take(pool);
 }
 
 static int publish_span(kv_cache *cache, kv_sequence_state *state) {
-    const kv_prefix_index *prefixes = &cache->prefixes;
+    kv_prefix_index *prefixes = &cache->prefixes;
     const int32_t *tokens = state->tokens + (size_t)state->num_published * (size_t)prefixes->span;
-    if (kv_prefix_advance(prefixes, &state->cursor, tokens)) {
-        return 1; /* another sequence published the same tokens: this one keeps its own blocks */
-    }
     const int32_t *blocks[KV_MAX_GROUPS];
     for (int32_t g = 0; g < cache->num_groups; g++) {
         const int32_t per_span = prefixes->span / cache->pools[g].block_size;
         blocks[g] = state->rows[g].blocks + (size_t)state->num_published * (size_t)per_span;
     }
-    return kv_prefix_insert(&cache->prefixes, &state->cursor, tokens, blocks);
+    if (kv_prefix_advance(prefixes, &state->cursor, tokens)) {
+        /* Another sequence published the same tokens: this one keeps its own blocks. */
+        kv_prefix_fill(prefixes, state->cursor.node, blocks);
+        return 1;
+    }
+    return kv_prefix_insert(prefixes, &state->cursor, tokens, blocks);
 }
 
 void kv_cache_publish(kv_cache *cache, kv_sequence_state *state) {
@@ -192,6 +194,7 @@ kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group, kv_grou
     out->allocations = pool->allocations;
     out->evictions = pool->evictions;
     out->copies = pool->copies;
+    out->released = pool->released;
     kv_cache_unlock(cache);
     return KV_OK;
 }
@@ -202,9 +205,8 @@ kv_status kv_cache_drop_prefixes(kv_cache *cache) {
     }
     kv_cache_lock(cache);
     for (int32_t g = 0; g < cache->num_groups; g++) {
-        kv_pool *pool = &cache->pools[g];
-        while (pool->num_cached > 0) {
-            kv_prefix_remove(&cache->prefixes, pool->nodes[pool->oldest]);
+        while (cache->pools[g].num_cached > 0) {
+            kv_prefix_evict(&cache->prefixes, g);
         }
     }
     kv_cache_unlock(cache);

@@ -8,7 +8,8 @@
 static void count_holds(const kv_cache *cache, int32_t group, int32_t *holds) {
     for (int32_t s = 0; s < cache->sequences.count; s++) {
         const kv_sequence_state *state = &cache->sequences.states[s];
-        for (int32_t i = 0; state->live && i < state->rows[group].count; i++) {
+        const int32_t first = kv_first_column(&cache->pools[group], state->length);
+        for (int32_t i = first; state->live && i < state->rows[group].count; i++) {
             holds[state->rows[group].blocks[i]]++;
         }
     }
@@ -59,12 +60,28 @@ static const char *check_pool(const kv_cache *cache, int32_t group, int32_t *scr
     return wrong ? wrong : check_cached(pool, seen);
 }
 
-static const char *check_lengths(const kv_cache *cache) {
+static const char *check_row(const kv_pool *pool, const kv_sequence_state *state,
+                             const kv_block_row *row) {
+    if (!state->step && row->count != kv_columns(state->length, pool->block_size)) {
+        return "a sequence has more or fewer blocks than its length needs";
+    }
+    const int32_t first = kv_first_column(pool, state->length);
+    for (int32_t i = 0; i < row->count; i++) {
+        const int32_t block = row->blocks[i];
+        if (i < first ? block != KV_NO_BLOCK : block < 0 || block >= pool->num_blocks) {
+            return "a sequence holds a released block, or misses one that is not";
+        }
+    }
+    return NULL;
+}
+
+static const char *check_rows(const kv_cache *cache) {
     for (int32_t s = 0; s < cache->sequences.count; s++) {
         const kv_sequence_state *state = &cache->sequences.states[s];
-        for (int32_t g = 0; state->live && !state->step && g < cache->num_groups; g++) {
-            if (state->rows[g].count != kv_columns(state->length, cache->pools[g].block_size)) {
-                return "a sequence has more or fewer blocks than its length needs";
+        for (int32_t g = 0; state->live && g < cache->num_groups; g++) {
+            const char *wrong = check_row(&cache->pools[g], state, &state->rows[g]);
+            if (wrong) {
+                return wrong;
             }
         }
     }
@@ -72,19 +89,19 @@ static const char *check_lengths(const kv_cache *cache) {
 }
 
 static kv_status check_locked(const kv_cache *cache, char *message, size_t message_size) {
-    for (int32_t g = 0; g < cache->num_groups; g++) {
+    const char *wrong = check_rows(cache); /* first: the blocks that rows name are counted next */
+    for (int32_t g = 0; g < cache->num_groups && !wrong; g++) {
         int32_t *scratch = calloc(2 * (size_t)cache->pools[g].num_blocks, sizeof *scratch);
         if (!scratch) {
             return KV_ERR_NO_MEMORY;
         }
-        const char *wrong = check_pool(cache, g, scratch);
+        const char *unbalanced = check_pool(cache, g, scratch);
         free(scratch);
-        if (wrong) {
-            snprintf(message, message_size, "group %d: %s", (int)g, wrong);
+        if (unbalanced) {
+            snprintf(message, message_size, "group %d: %s", (int)g, unbalanced);
             return KV_ERR_CORRUPT;
         }
     }
-    const char *wrong = check_lengths(cache);
     wrong = wrong ? wrong : kv_prefix_check(&cache->prefixes);
     if (wrong) {
         snprintf(message, message_size, "%s", wrong);

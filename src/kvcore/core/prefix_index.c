@@ -7,18 +7,34 @@ static int32_t blocks_of(const kv_prefix_index *index, int32_t group) {
     return index->span / index->pools[group].block_size;
 }
 
+static int may_lack(const kv_prefix_index *index, int32_t group) {
+    return index->pools[group].retention != index->retention;
+}
+
+static int32_t longest_retention(const kv_pool *pools, int32_t num_groups) {
+    int32_t longest = pools[0].retention;
+    for (int32_t g = 1; g < num_groups && longest > 0; g++) {
+        const int32_t retention = pools[g].retention;
+        longest = retention == 0 || retention > longest ? retention : longest;
+    }
+    return longest;
+}
+
 /* No pool can list more spans than it has room for, so the tables never grow. */
 static int32_t count_nodes(const kv_prefix_index *index) {
     int32_t least = INT32_MAX;
     for (int32_t g = 0; g < index->num_groups; g++) {
         const int32_t nodes = index->pools[g].num_blocks / blocks_of(index, g);
-        least = nodes < least ? nodes : least;
+        least = nodes < least && !may_lack(index, g) ? nodes : least;
     }
     return least;
 }
 
 kv_status kv_prefix_init(kv_prefix_index *index, kv_pool *pools, int32_t num_groups) {
-    *index = (kv_prefix_index){.pools = pools, .num_groups = num_groups, .free_node = -1};
+    *index = (kv_prefix_index){.pools = pools,
+                               .num_groups = num_groups,
+                               .retention = longest_retention(pools, num_groups),
+                               .free_node = -1};
     for (int32_t g = 0; g < num_groups; g++) {
         index->span = pools[g].block_size > index->span ? pools[g].block_size : index->span;
     }
@@ -119,14 +135,41 @@ int kv_prefix_advance(const kv_prefix_index *index, kv_prefix_cursor *cursor,
     return 0;
 }
 
-int kv_prefix_insert(kv_prefix_index *index, kv_prefix_cursor *cursor, const int32_t *tokens,
-                     const int32_t *const *blocks) {
+static int is_listed(const kv_pool *pool, int32_t block) {
+    return pool->nodes[block] != KV_NO_NODE;
+}
+
+static int can_insert(const kv_prefix_index *index, const int32_t *const *blocks) {
     for (int32_t g = 0; g < index->num_groups; g++) {
         for (int32_t i = 0; i < blocks_of(index, g); i++) {
-            if (index->pools[g].nodes[blocks[g][i]] != KV_NO_NODE) {
+            const int32_t block = blocks[g][i];
+            if (block == KV_NO_BLOCK ? !may_lack(index, g) : is_listed(&index->pools[g], block)) {
                 return 0;
             }
         }
+    }
+    return 1;
+}
+
+void kv_prefix_fill(kv_prefix_index *index, int32_t n, const int32_t *const *blocks) {
+    for (int32_t g = 0; g < index->num_groups; g++) {
+        kv_pool *pool = &index->pools[g];
+        kv_block_handle *handles = node_blocks(index, n, g);
+        for (int32_t i = 0; i < blocks_of(index, g); i++) {
+            const int32_t block = blocks[g][i];
+            if (handles[i].block == KV_NO_BLOCK && block != KV_NO_BLOCK &&
+                !is_listed(pool, block)) {
+                handles[i] = kv_pool_handle(pool, block);
+                kv_pool_list(pool, block, n);
+            }
+        }
+    }
+}
+
+int kv_prefix_insert(kv_prefix_index *index, kv_prefix_cursor *cursor, const int32_t *tokens,
+                     const int32_t *const *blocks) {
+    if (!can_insert(index, blocks)) {
+        return 0;
     }
     /* One is free: a pool has no unlisted span without a node to spare. */
     const int32_t n = index->free_node;
@@ -141,18 +184,17 @@ int kv_prefix_insert(kv_prefix_index *index, kv_prefix_cursor *cursor, const int
     int32_t *bucket = &index->buckets[node->hash & index->bucket_mask];
     node->next = *bucket;
     *bucket = n;
-    for (int32_t g = 0; g < index->num_groups; g++) {
-        kv_block_handle *handles = node_blocks(index, n, g);
-        for (int32_t i = 0; i < blocks_of(index, g); i++) {
-            handles[i] = kv_pool_handle(&index->pools[g], blocks[g][i]);
-            kv_pool_list(&index->pools[g], blocks[g][i], n);
-        }
+    kv_block_handle *handles = node_blocks(index, n, 0);
+    for (int32_t i = 0; i < index->blocks_per_node; i++) {
+        handles[i] = (kv_block_handle){.block = KV_NO_BLOCK};
     }
+    kv_prefix_fill(index, n, blocks);
     move_over(index, cursor, n);
     return 1;
 }
 
-void kv_prefix_remove(kv_prefix_index *index, int32_t n) {
+/* Forgets a node. Its blocks that nobody holds become free. */
+static void remove_node(kv_prefix_index *index, int32_t n) {
     kv_prefix_node *node = &index->nodes[n];
     int32_t *link = &index->buckets[node->hash & index->bucket_mask];
     while (*link != n) {
@@ -166,9 +208,26 @@ void kv_prefix_remove(kv_prefix_index *index, int32_t n) {
         const kv_block_handle *handles = node_blocks(index, n, g);
         /* Backwards, so that the first block of the span is the first to be handed out again. */
         for (int32_t i = blocks_of(index, g) - 1; i >= 0; i--) {
-            kv_pool_unlist(&index->pools[g], handles[i].block);
+            if (handles[i].block != KV_NO_BLOCK) {
+                kv_pool_unlist(&index->pools[g], handles[i].block);
+            }
         }
     }
+}
+
+void kv_prefix_evict(kv_prefix_index *index, int32_t group) {
+    kv_pool *pool = &index->pools[group];
+    const int32_t block = pool->oldest, n = pool->nodes[block];
+    if (!may_lack(index, group)) {
+        remove_node(index, n);
+        return;
+    }
+    kv_block_handle *handle = node_blocks(index, n, group);
+    while (handle->block != block) {
+        handle++;
+    }
+    handle->block = KV_NO_BLOCK;
+    kv_pool_unlist(pool, block);
 }
 
 static int32_t count_reachable(const kv_prefix_index *index) {
@@ -183,8 +242,19 @@ static int32_t count_reachable(const kv_prefix_index *index) {
     return reached;
 }
 
+static int64_t count_listed(const kv_prefix_index *index) {
+    int64_t listed = 0;
+    for (int32_t g = 0; g < index->num_groups; g++) {
+        for (int32_t block = 0; block < index->pools[g].num_blocks; block++) {
+            listed += is_listed(&index->pools[g], block);
+        }
+    }
+    return listed;
+}
+
 const char *kv_prefix_check(const kv_prefix_index *index) {
     int32_t live = 0;
+    int64_t listed = 0;
     for (int32_t n = 0; n < index->num_nodes; n++) {
         if (index->nodes[n].serial == 0) {
             continue;
@@ -194,11 +264,19 @@ const char *kv_prefix_check(const kv_prefix_index *index) {
             const kv_block_handle *handles = node_blocks(index, n, g);
             for (int32_t i = 0; i < blocks_of(index, g); i++) {
                 const kv_pool *pool = &index->pools[g];
-                if (pool->nodes[handles[i].block] != n || !kv_pool_is_current(pool, handles[i])) {
+                if (handles[i].block == KV_NO_BLOCK && may_lack(index, g)) {
+                    continue;
+                }
+                if (handles[i].block == KV_NO_BLOCK || pool->nodes[handles[i].block] != n ||
+                    !kv_pool_is_current(pool, handles[i])) {
                     return "a prefix node lists a block that is no longer its own";
                 }
+                listed++;
             }
         }
+    }
+    if (listed != count_listed(index)) {
+        return "a block belongs to a prefix node that does not list it";
     }
     return count_reachable(index) == live ? NULL : "a prefix node cannot be found by its hash";
 }

@@ -10,7 +10,10 @@ static void release_columns(kv_cache *cache, kv_sequence_state *state, int32_t l
         const int32_t kept = kv_columns(length, cache->pools[g].block_size);
         /* Backwards: a prefix is only found from its start, so its end is to be evicted first. */
         while (row->count > kept) {
-            kv_pool_release(&cache->pools[g], row->blocks[--row->count]);
+            const int32_t block = row->blocks[--row->count];
+            if (block != KV_NO_BLOCK) {
+                kv_pool_release(&cache->pools[g], block);
+            }
         }
     }
 }
@@ -40,18 +43,50 @@ static kv_status reserve_rows(kv_cache *cache, kv_sequence_state *state, int32_t
     return KV_OK;
 }
 
-static void adopt_span(kv_cache *cache, kv_sequence_state *state) {
+/* Takes over a node's blocks, for a sequence that will have `length` tokens. */
+static void adopt_span(kv_cache *cache, kv_sequence_state *state, int32_t length) {
     const int32_t span = cache->prefixes.span;
     for (int32_t g = 0; g < cache->num_groups; g++) {
+        kv_pool *pool = &cache->pools[g];
         kv_block_row *row = &state->rows[g];
         const kv_block_handle *blocks = kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
-        for (int32_t i = 0; i < span / cache->pools[g].block_size; i++) {
-            kv_pool_retain(&cache->pools[g], blocks[i].block);
-            row->blocks[row->count++] = blocks[i].block;
+        for (int32_t i = 0; i < span / pool->block_size; i++) {
+            const int kept = row->count >= kv_first_column(pool, length);
+            if (kept) {
+                kv_pool_retain(pool, blocks[i].block);
+            }
+            row->blocks[row->count++] = kept ? blocks[i].block : KV_NO_BLOCK;
         }
     }
     state->num_published++;
     state->length += span;
+}
+
+/* The spans of the longest prefix of `tokens`, at most max_spans, that a sequence can start from: in
+ * every group the blocks which its next token may read are still there. */
+static int32_t match_prefix(const kv_cache *cache, kv_prefix_cursor cursor, const int32_t *tokens,
+                            int32_t max_spans) {
+    const kv_prefix_index *prefixes = &cache->prefixes;
+    const int32_t span = prefixes->span;
+    int32_t present[KV_MAX_GROUPS] = {0}; /* the unbroken run of blocks before the cursor */
+    int32_t usable = 0;
+    for (int32_t i = 0; i < max_spans; i++) {
+        if (!kv_prefix_advance(prefixes, &cursor, tokens + (size_t)i * (size_t)span)) {
+            break;
+        }
+        const int32_t length = (i + 1) * span;
+        int complete = 1;
+        for (int32_t g = 0; g < cache->num_groups; g++) {
+            const kv_pool *pool = &cache->pools[g];
+            const kv_block_handle *blocks = kv_prefix_blocks(prefixes, cursor.node, g);
+            for (int32_t b = 0; b < span / pool->block_size; b++) {
+                present[g] = blocks[b].block == KV_NO_BLOCK ? 0 : present[g] + 1;
+            }
+            complete &= present[g] >= length / pool->block_size - kv_first_column(pool, length);
+        }
+        usable = complete ? i + 1 : usable;
+    }
+    return usable;
 }
 
 static kv_status adopt_prefix(kv_cache *cache, kv_sequence_state *state, const int32_t *tokens,
@@ -61,12 +96,7 @@ static kv_status adopt_prefix(kv_cache *cache, kv_sequence_state *state, const i
     /* The last token is left out: its logits are still to be computed. */
     const int32_t max_spans = num_tokens > 0 ? (num_tokens - 1) / span : 0;
     state->cursor = kv_prefix_root(salt);
-    kv_prefix_cursor cursor = state->cursor;
-    int32_t matched = 0;
-    while (matched < max_spans &&
-           kv_prefix_advance(prefixes, &cursor, tokens + (size_t)matched * (size_t)span)) {
-        matched++;
-    }
+    const int32_t matched = match_prefix(cache, state->cursor, tokens, max_spans);
     kv_status status = reserve_rows(cache, state, matched * span);
     if (status == KV_OK) {
         status = kv_tokens_reserve(state, matched * span);
@@ -76,7 +106,7 @@ static kv_status adopt_prefix(kv_cache *cache, kv_sequence_state *state, const i
     }
     for (int32_t i = 0; i < matched; i++) {
         kv_prefix_advance(prefixes, &state->cursor, tokens + (size_t)i * (size_t)span);
-        adopt_span(cache, state);
+        adopt_span(cache, state, matched * span);
     }
     if (state->length > 0) {
         memcpy(state->tokens, tokens, (size_t)state->length * sizeof *tokens);
@@ -111,13 +141,29 @@ kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *tokens, int3
     return status;
 }
 
+/* Whether the sequence, cut to `length` tokens, would hold all that its next token may read. */
+static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, int32_t length) {
+    for (int32_t g = 0; g < cache->num_groups; g++) {
+        const kv_pool *pool = &cache->pools[g];
+        const int32_t first = kv_first_column(pool, length);
+        if (first < kv_columns(length, pool->block_size) &&
+            first < kv_first_column(pool, state->length)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_sequence_state *to,
                           int32_t length) {
     for (int32_t g = 0; g < cache->num_groups; g++) {
         const int32_t columns = kv_columns(length, cache->pools[g].block_size);
+        const int32_t first = kv_first_column(&cache->pools[g], length);
         for (int32_t i = 0; i < columns; i++) {
-            to->rows[g].blocks[i] = from->rows[g].blocks[i];
-            kv_pool_retain(&cache->pools[g], to->rows[g].blocks[i]);
+            to->rows[g].blocks[i] = i < first ? KV_NO_BLOCK : from->rows[g].blocks[i];
+            if (i >= first) {
+                kv_pool_retain(&cache->pools[g], to->rows[g].blocks[i]);
+            }
         }
         to->rows[g].count = columns;
     }
@@ -132,6 +178,9 @@ static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length,
     length = length == -1 ? from->length : length;
     if (length < 0 || length > from->length) {
         return KV_ERR_RANGE;
+    }
+    if (!can_shorten(cache, from, length)) {
+        return KV_ERR_RELEASED;
     }
     int32_t from_place, place;
     kv_sequences_find(&cache->sequences, source, &from_place);
@@ -174,6 +223,9 @@ kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length, 
 static kv_status truncate_state(kv_cache *cache, kv_sequence_state *state, int32_t length) {
     if (length < 0 || length > state->length) {
         return KV_ERR_RANGE;
+    }
+    if (!can_shorten(cache, state, length)) {
+        return KV_ERR_RELEASED;
     }
     release_columns(cache, state, length);
     state->length = length;

@@ -6,7 +6,7 @@
 #include "prefix_index.h"
 
 typedef struct kv_block_row {
-    int32_t *blocks;
+    int32_t *blocks; /* KV_NO_BLOCK in the columns before kv_first_column */
     int32_t count, capacity;
 } kv_block_row;
 
@@ -49,6 +49,12 @@ kv_status kv_tokens_reserve(kv_sequence_state *state, int32_t capacity);
 /* ceil(tokens / block_size) */
 static inline int32_t kv_columns(int32_t tokens, int32_t block_size) {
     return tokens / block_size + (tokens % block_size != 0);
+}
+
+/* The first column that a sequence of `length` tokens holds: its next token reads none before. */
+static inline int32_t kv_first_column(const kv_pool *pool, int32_t length) {
+    const int32_t retention = pool->retention;
+    return retention > 0 && length >= retention ? (length - retention + 1) / pool->block_size : 0;
 }
 
 #endif

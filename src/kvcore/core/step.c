@@ -417,6 +417,20 @@ static void release_copied(kv_step *step, int32_t group) {
     }
 }
 
+/* Releases the blocks behind what the next token reads, first to last: the order in which they would
+ * be evicted does not depend on how the tokens were cut into steps. */
+static void release_behind(kv_step *step, int32_t group, int32_t i) {
+    kv_pool *pool = &step->cache->pools[group];
+    const kv_sequence_state *state = state_of(step, i);
+    int32_t *blocks = state->rows[group].blocks;
+    const int32_t stop = kv_first_column(pool, state->length);
+    for (int32_t c = kv_first_column(pool, step->sequences[i].old_length); c < stop; c++) {
+        kv_pool_release(pool, blocks[c]);
+        blocks[c] = KV_NO_BLOCK;
+        pool->released++;
+    }
+}
+
 static void commit(kv_step *step) {
     kv_cache *cache = step->cache;
     for (int32_t g = 0; g < cache->num_groups; g++) {
@@ -430,6 +444,9 @@ static void commit(kv_step *step) {
             state->num_known = state->length;
         }
         kv_cache_publish(cache, state);
+        for (int32_t g = 0; g < cache->num_groups; g++) {
+            release_behind(step, g, i);
+        }
     }
     close_step(step);
 }

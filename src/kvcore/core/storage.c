@@ -121,5 +121,10 @@ kv_status kv_check_block_ids(const int32_t *ids, int64_t count, int32_t num_bloc
     int outside = 0; /* no early exit, so that the loop runs in vectors */
     for (int64_t i = 0; i < count; i++)
         outside |= (uint32_t)ids[i] >= (uint32_t)num_blocks;
-    return outside ? KV_ERR_RANGE : KV_OK;
+    if (!outside)
+        return KV_OK;
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] == -1)
+            return KV_ERR_RELEASED;
+    return KV_ERR_RANGE;
 }

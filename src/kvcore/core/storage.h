@@ -31,7 +31,7 @@ kv_status kv_check_rows(const kv_rows *rows, int32_t num_sequences, int32_t num_
  * padded_length new tokens, unless that is 0. */
 kv_status kv_check_queries(const kv_plan *plan, int32_t padded_length);
 
-/* Every id lies in [0, num_blocks). */
+/* Every id lies in [0, num_blocks): KV_ERR_RELEASED if one is -1, else KV_ERR_RANGE. */
 kv_status kv_check_block_ids(const int32_t *ids, int64_t count, int32_t num_blocks);
 
 #endif

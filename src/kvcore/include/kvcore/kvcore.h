@@ -47,6 +47,7 @@ extern "C" {
     KV_STATUS(ERR_ALREADY_APPENDED, "the layer was already appended in this step")       \
     KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")           \
     KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")     \
+    KV_STATUS(ERR_RELEASED, "tokens that the call needs were released behind a window")  \
     KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")
 
 typedef enum kv_status {
@@ -90,9 +91,13 @@ typedef uint64_t kv_sequence; /* a handle tagged with its cache and generation; 
 
 #define KV_MAX_GROUPS 16
 
+/* With a retention of r, a new token at i reads only tokens j with i - r < j <= i, as a window of r
+ * or less does. A commit at length n then releases the blocks that lie wholly below n - r + 1: their
+ * columns in the block tables are -1 from then on. */
 typedef struct kv_group_config {
     int32_t block_size; /* token slots of a block: a power of two, 16 .. 4096 */
     int32_t num_blocks;
+    int32_t retention; /* 0: every token is kept */
 } kv_group_config;
 
 typedef struct kv_layer_config {
@@ -127,6 +132,7 @@ typedef struct kv_group_stats {
     int64_t allocations;                 /* blocks handed out so far */
     int64_t evictions;                   /* cached blocks given up for new ones */
     int64_t copies;                      /* blocks copied on write */
+    int64_t released;                    /* columns released behind the retention */
 } kv_group_stats;
 
 KV_API kv_status kv_cache_get_stats(const kv_cache *cache, kv_cache_stats *out);
@@ -144,13 +150,16 @@ KV_API kv_status kv_sequence_create(kv_cache *cache, kv_sequence *out);
  * them, so that one is left to compute. Only prefixes published under the same salt match. */
 KV_API kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *tokens,
                                            int32_t num_tokens, uint64_t salt, kv_sequence *out);
-/* A sequence that shares the first `length` tokens of `source`; -1 means all of them. */
+/* A sequence that shares the first `length` tokens of `source`; -1 means all of them.
+ * KV_ERR_RELEASED, here and from truncate: at that length the next token would read tokens that a
+ * group's retention has released. */
 KV_API kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
                                   kv_sequence *out);
 KV_API kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length);
 KV_API kv_status kv_sequence_free(kv_cache *cache, kv_sequence sequence);
 KV_API kv_status kv_sequence_length(const kv_cache *cache, kv_sequence sequence, int32_t *out);
-/* Writes at most `capacity` block numbers of one group; *count is how many there are. */
+/* Writes at most `capacity` block numbers of one group; *count is how many there are. Columns that
+ * the group's retention released are -1. */
 KV_API kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
                                     int32_t *out, int32_t capacity, int32_t *count);
 
@@ -197,15 +206,16 @@ typedef struct kv_plan {
     const int32_t *copies;            /* [C, 3] from block, to block, rows: before any write */
     int32_t num_new_blocks;           /* M */
     const int32_t *new_blocks;        /* [M, 3] sequence's place in the step, column, block: what
-                                     changed in the block tables since the last step */
-    const int32_t *const *block_rows; /* [S] each sequence's blocks, in order */
+                                     changed in the block tables since the last step, but for
+                                     released columns, which nothing reads any more */
+    const int32_t *const *block_rows; /* [S] each sequence's blocks, in order; -1: released */
     const int32_t *buffer;
     int64_t buffer_size;
 } kv_plan;
 
 KV_API kv_status kv_step_get_plan(const kv_step *step, int32_t group, kv_plan *out);
-/* The block tables as one array [S, width], -1 beyond a sequence's last block. `width` must be at
- * least the longest sequence's number of blocks. */
+/* The block tables as one array [S, width], -1 beyond a sequence's last block and where the group's
+ * retention released it. `width` must be at least the longest sequence's number of blocks. */
 KV_API kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t width);
 
 /* ---- data plane: storage --------------------------------------------------------------------- */
@@ -283,6 +293,9 @@ typedef struct kv_attend_options {
  * the blocks' num_heads. Blocks with which several sequences of few new tokens begin are read once
  * for all of them. Padding of `out` is set to zero. lse: [T, Hq], natural logarithm, sinks
  * included, or NULL. A row that sees nothing has out 0 and lse -inf, or its sink.
+ *
+ * Only those of a sequence's blocks are looked at that hold a token which one of its new tokens sees,
+ * or lie between two of them. KV_ERR_RELEASED: one of these is -1; nothing has been read then.
  *
  * K and V in one contiguous array need no copy: blocks may overlap. With block_stride =
  * token_stride, a block_size (a power of two) of at least the longest sequence and one block for
