@@ -71,16 +71,18 @@ def _row_line(row: Row) -> str:
 
 
 def _sharing_line(case: Case, rows: Iterable[Row], limits: Limits) -> str:
-    """What is gained by reading shared tokens once, and what could be.
+    """What is gained by reading shared tokens once.
 
-    Each sequence has to see them, if not from memory, then from a core's cache.
+    Beside it what loading them again for each sequence, but from a core's cache, could gain at
+    most. A load that serves several sequences can gain more, up to their number.
     """
     by_peer = {row.peer: row for row in rows}
     gain, memory_gbs = by_peer["kvcore-private"].times_kvcore, by_peer["roof"].gbs
     bound = min(len(case.new), limits.l2_gbs / memory_gbs)
     return (
-        f"  sharing gains {gain:.2f}x of at most {bound:.2f}x ({gain / bound:.0%}): "
-        f"{len(case.new)} sequences, L2 reads {limits.l2_gbs:.0f} GB/s, memory {memory_gbs:.1f}"
+        f"  {len(case.new)} sequences that share gain {gain:.2f}x, {gain / bound:.0%} of the "
+        f"{bound:.2f}x by which L2 ({limits.l2_gbs:.0f} GB/s) is faster than memory "
+        f"({memory_gbs:.1f})"
     )
 
 
