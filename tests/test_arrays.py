@@ -7,9 +7,13 @@ import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvcore
 from kvcore import arrays
+from kvcore._native import attention
+from strategies import LAYOUTS
 from support import BFLOAT16, DTYPES, assert_same_bits, make_cache, random_kv, random_q
 
 REFUSALS = (kvcore.InvalidArgument, kvcore.InvalidType)
@@ -69,7 +73,7 @@ def test_arrays_of_any_library(kvq, wrap, dtype):
 @pytest.mark.parametrize("wrap", [Interface, DLPack, buffer])
 def test_are_not_copied(kvq, wrap):
     for value in kvq:
-        seen, _ = arrays.as_rows(wrap(value), "k")
+        seen = arrays.as_rows(wrap(value), "k")
         assert np.shares_memory(seen, value)
 
 
@@ -88,7 +92,7 @@ def test_are_not_copied(kvq, wrap):
 )
 def test_rows_with_a_dense_last_axis_are_not_copied(kvq, view):
     value = view(kvq[2])
-    seen, _ = arrays.as_rows(value, "q")
+    seen = arrays.as_rows(value, "q")
     assert np.shares_memory(seen, value) and seen.strides == value.strides
 
 
@@ -101,6 +105,63 @@ def test_rows_that_cannot_be_read_in_place_are_copied(kvq, kind, dtype):
     for actual, expected in zip(run(*odd), run(*kvq), strict=True):
         assert actual.dtype.isnative
         assert_same_bits(actual, expected)
+
+
+VIEWS = {
+    "whole": lambda x: x,
+    "reversed": lambda x: x[::-1],
+    "short": lambda x: x[..., :-8],
+    "strided last axis": lambda x: x[..., ::2],
+    "of one axis less": lambda x: x[..., 0],
+    "axes swapped": lambda x: x.swapaxes(0, 1),
+    "broadcast": lambda x: np.broadcast_to(x[:, :1], x.shape),
+    "odd strides": lambda x: oddly(x, "unaligned"),
+    "other byte order": lambda x: x.astype(x.dtype.newbyteorder()),
+}
+
+
+@given(st.data())
+def test_the_quick_look_says_what_the_long_one_says(data):
+    """Taken at once is what the explaining checks take too, in place."""
+    cache = make_cache(8)
+    news = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    step = cache.step([(cache.sequence(), n) for n in news])
+    layout = data.draw(st.sampled_from(list(LAYOUTS)))
+    sizes = {
+        "S": data.draw(st.sampled_from([len(news), len(news) + 1])),
+        "H": data.draw(st.sampled_from([2, 0, 1, 3, 4])),
+        "D": data.draw(st.sampled_from([16, 24, 32])),
+        "N": data.draw(st.sampled_from([step.num_tokens, max(news), max(news) + 1])),
+    }
+    sizes["T"] = sizes["N"]
+    axes = {"NHD": "THD", "HND": "HTD", "BSHD": "SNHD", "BHSD": "SHND"}[layout]
+    dtype = data.draw(st.sampled_from([*DTYPES.values(), np.dtype(np.float64)]))
+    view = VIEWS[data.draw(st.sampled_from(list(VIEWS)))]
+    value = view(np.zeros([sizes[axis] for axis in axes], dtype))
+    grouped = data.draw(st.booleans())
+    plan, (blocks, _) = step.plan(), cache._storage.layers[0]
+    fits = attention.fits(plan, value, arrays.LAYOUTS[layout], blocks, grouped)
+    assert fits == taken_in_place(value, layout, plan, grouped)
+
+
+def taken_in_place(value, layout, plan, grouped):
+    """Whether the checks that explain take `value`, and without a copy."""
+    try:
+        rows = arrays.as_rows(value, "k")
+        arrays.check_rows(
+            rows,
+            "k",
+            layout,
+            num_tokens=plan.num_tokens,
+            num_sequences=plan.num_sequences,
+            max_new=plan.max_new,
+            num_heads=None if grouped else 2,
+            head_dim=16,
+        )
+    except REFUSALS:
+        return False
+    num_heads = rows.shape[layout.index("H")]
+    return rows is value and num_heads > 0 and num_heads % 2 == 0
 
 
 def oddly(value, kind):

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from kvcore._native.attention import DTYPES
 from kvcore._native.tokens import token_ids
 from kvcore.errors import InvalidArgument, InvalidType, MissingExtra
 
 #: The core's dtype numbers (kv_dtype in kvcore.h).
 F32, F16, BF16 = range(3)
-# bfloat16 joins when the first one comes: its dtype exists only where ml_dtypes is imported.
-_DTYPE_NUMBERS = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
 
 #: The core's layout numbers, and each layout's axes as the documentation names them.
 LAYOUTS = {"NHD": 0, "HND": 1, "BSHD": 2, "BHSD": 3}
@@ -66,19 +65,20 @@ def bfloat16() -> np.dtype:
 
 
 def dtype_number(array: np.ndarray, argument: str) -> int:
-    number = _DTYPE_NUMBERS.get(array.dtype)
+    number = DTYPES.get(array.dtype)
     if number is not None:
         return number
     if array.dtype.name != "bfloat16":
         raise InvalidType(f"{argument}: expected float32, float16 or bfloat16, got {array.dtype}")
-    return _DTYPE_NUMBERS.setdefault(array.dtype, BF16)
+    return DTYPES.setdefault(array.dtype, BF16)
 
 
 def layout_number(layout: str) -> int:
-    number = LAYOUTS.get(layout) if isinstance(layout, str) else None
-    if number is None:
-        raise InvalidArgument(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    return number
+    try:
+        return LAYOUTS[layout]
+    except (KeyError, TypeError):
+        names = ", ".join(LAYOUTS)
+        raise InvalidArgument(f"layout: expected one of {names}, got {layout!r}") from None
 
 
 def is_readable(array: np.ndarray) -> bool:
@@ -111,15 +111,13 @@ def dense(array: Any, dtype: np.dtype | type | None = None) -> np.ndarray:
     return result if result.flags.aligned else result.copy()
 
 
-def as_rows(value: Any, argument: str) -> tuple[np.ndarray, int]:
-    """`value` as an array that the core reads, copied only when it must be, and its dtype."""
+def as_rows(value: Any, argument: str) -> np.ndarray:
+    """`value` as an array that the core reads, copied only when it must be."""
     array = as_array(value, argument)
-    number = dtype_number(array, argument)
-    if array.ndim < 3:  # the caller tells what was expected
-        return array, number
-    if not is_readable(array):
-        array = array.copy(order="C")
-    return array, number
+    dtype_number(array, argument)
+    if array.ndim < 3 or is_readable(array):  # of fewer axes the caller tells what was expected
+        return array
+    return np.array(array, order="C")
 
 
 def check_rows(

@@ -67,18 +67,18 @@ class CpuBackend:
     ) -> None:
         k_blocks, v_blocks = storage.layers[layer]
         number = arrays.layout_number(layout)
-        k_rows, k_dtype = _rows_for(k, "k", layout, plan, k_blocks)
+        k_rows = _rows_for(k, "k", layout, plan, k_blocks)
         if storage.v_in_k[layer]:
             if v is not None:
                 raise InvalidArgument(
                     f"v: expected None, as V of layer {layer} is the first "
                     f"{storage.v_in_k[layer]} elements of k, got {type(v).__name__}"
                 )
-            attention.append(plan, k_rows, k_dtype, number, k_blocks)
+            attention.append(plan, k_rows, number, k_blocks)
             return
-        v_rows, v_dtype = _rows_for(v, "v", layout, plan, v_blocks)
-        attention.append(plan, k_rows, k_dtype, number, k_blocks)
-        attention.append(plan, v_rows, v_dtype, number, v_blocks)
+        v_rows = _rows_for(v, "v", layout, plan, v_blocks)
+        attention.append(plan, k_rows, number, k_blocks)
+        attention.append(plan, v_rows, number, v_blocks)
 
     def attend(
         self,
@@ -125,12 +125,12 @@ class CpuBackend:
         if not row.size:
             raise InvalidArgument("slots: expected at least one, got none")
         plan = Plan.from_slots(row, block_size)
-        k_rows, k_dtype = _rows_for(k, "k", "NHD", plan, k_view)
+        k_rows = _rows_for(k, "k", "NHD", plan, k_view)
         if not lies_in_k:
-            v_rows, v_dtype = _rows_for(v, "v", "NHD", plan, v_view)
-        attention.append(plan, k_rows, k_dtype, 0, k_view)
+            v_rows = _rows_for(v, "v", "NHD", plan, v_view)
+        attention.append(plan, k_rows, 0, k_view)
         if not lies_in_k:
-            attention.append(plan, v_rows, v_dtype, 0, v_view)
+            attention.append(plan, v_rows, 0, v_view)
 
     def paged_attention(
         self,
@@ -169,7 +169,7 @@ class CpuBackend:
         return_lse: bool,
         out: Any | None,
     ) -> Any:
-        queries, _ = arrays.as_rows(q, "q")
+        queries = arrays.as_rows(q, "q")
         keys, values = arrays.as_array(k, "k"), arrays.as_array(v, "v")
         k_blocks, v_blocks = as_blocks(keys, "k", layout), as_blocks(values, "v", layout)
         plan = contiguous_plan(queries, keys, values, query_cut, kv_cut, layout, options)
@@ -223,10 +223,16 @@ def create_backend() -> CpuBackend:
 
 
 def _rows_for(
-    value: Any, argument: str, layout: str, plan: Plan, blocks: Blocks
-) -> tuple[np.ndarray, int]:
-    """K or V as the user gave it, checked against the plan and the blocks it goes to."""
-    array, dtype = arrays.as_rows(value, argument)
+    value: Any, argument: str, layout: str, plan: Plan, blocks: Blocks, grouped: bool = False
+) -> np.ndarray:
+    """What the user gave for the plan's new tokens, checked, and copied only when it must be.
+
+    Its heads are those of `blocks` or, for queries, `grouped`: a multiple of them.
+    """
+    array: np.ndarray = value
+    if attention.fits(plan, array, arrays.LAYOUTS[layout], blocks, grouped):
+        return array
+    array = arrays.as_rows(value, argument)
     arrays.check_rows(
         array,
         argument,
@@ -234,10 +240,15 @@ def _rows_for(
         num_tokens=plan.num_tokens,
         num_sequences=plan.num_sequences,
         max_new=plan.max_new,
-        num_heads=blocks.num_heads,
+        num_heads=None if grouped else blocks.num_heads,
         head_dim=blocks.head_dim,
     )
-    return array, dtype
+    num_heads = array.shape[layout.index("H")]
+    if num_heads == 0 or num_heads % blocks.num_heads:
+        raise InvalidArgument(
+            f"{argument}: expected a multiple of {blocks.num_heads} heads, got {num_heads}"
+        )
+    return array
 
 
 def _attend(
@@ -251,37 +262,21 @@ def _attend(
     out: Any | None,
 ) -> Any:
     number = arrays.layout_number(layout)
-    rows, dtype = arrays.as_rows(q, "q")
-    arrays.check_rows(
-        rows,
-        "q",
-        layout,
-        num_tokens=plan.num_tokens,
-        num_sequences=plan.num_sequences,
-        max_new=plan.max_new,
-        num_heads=None,
-        head_dim=k_blocks.head_dim,
-    )
+    rows = _rows_for(q, "q", layout, plan, k_blocks, grouped=True)
     num_heads = rows.shape[layout.index("H")]
-    if num_heads == 0 or num_heads % k_blocks.num_heads:
-        raise InvalidArgument(
-            f"q: expected a multiple of {k_blocks.num_heads} heads, got {num_heads}"
-        )
-    shape = (*rows.shape[:-1], v_blocks.head_dim)
-    target = np.empty(shape, rows.dtype) if out is None else _check_out(out, shape, rows.dtype)
-    lse = np.empty((plan.num_tokens, num_heads), np.float32) if return_lse else None
+    if out is not None:
+        _check_out(out, (*rows.shape[:-1], v_blocks.head_dim), rows.dtype)
     mask, mask_offsets = packed_mask(options.mask, plan)
-    attention.attend(
+    return attention.attend(
         plan,
         rows,
-        dtype,
+        number,
         k_blocks,
         v_blocks,
-        target,
-        number,
+        out,
+        return_lse,
         options.scale_for(k_blocks.head_dim),
         options.exact,
-        lse,
         options.softcap or 0.0,
         options.causal,
         options.window or 0,
@@ -291,7 +286,6 @@ def _attend(
         mask_offsets,
         per_head(options.sinks, "sinks", num_heads),
     )
-    return (target, lse) if return_lse else target
 
 
 def _float32(value: Any, argument: str) -> np.ndarray:
@@ -301,7 +295,7 @@ def _float32(value: Any, argument: str) -> np.ndarray:
     return arrays.dense(array)
 
 
-def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if not isinstance(out, np.ndarray) or out.dtype != dtype:
         came = out.dtype.name if isinstance(out, np.ndarray) else type(out).__name__
         raise InvalidType(f"out: expected a {dtype.name} NumPy array like q, got {came}")
@@ -311,7 +305,6 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             "out: expected a writable array whose last axis is dense and whose rows lie apart, "
             f"got strides {out.strides}"
         )
-    return out
 
 
 def _storage_view(array: np.ndarray, format: Format, argument: str) -> np.ndarray:

@@ -206,7 +206,9 @@ class Step:
     def _plan_of(self, layer: int) -> Plan:
         self._check_open()
         layers = self.cache.spec.layers
-        return self._plans[layers[checks.integer(layer, "layer", 0, len(layers) - 1)].group]
+        if type(layer) is not int or not 0 <= layer < len(layers):
+            layer = checks.integer(layer, "layer", 0, len(layers) - 1)
+        return self._plans[layers[layer].group]
 
     def _check_open(self) -> None:
         if not self._native.is_open:

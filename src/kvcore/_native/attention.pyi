@@ -10,18 +10,20 @@ HND: int
 BSHD: int
 BHSD: int
 
-def append(plan: Plan, array: NDArray[Any], dtype: int, layout: int, blocks: Blocks) -> None: ...
+DTYPES: dict[np.dtype[Any], int]
+
+def fits(plan: Plan, value: Any, layout: int, blocks: Blocks, grouped: bool = False) -> bool: ...
+def append(plan: Plan, array: NDArray[Any], layout: int, blocks: Blocks) -> None: ...
 def attend(
     plan: Plan,
     q: NDArray[Any],
-    q_dtype: int,
+    layout: int,
     k: Blocks,
     v: Blocks,
-    out: NDArray[Any],
-    layout: int,
+    out: NDArray[Any] | None,
+    return_lse: bool,
     scale: float,
     exact: bool,
-    lse: NDArray[np.float32] | None,
     softcap: float,
     causal: bool,
     window: int,
@@ -30,7 +32,7 @@ def attend(
     mask: NDArray[np.uint8] | None,
     mask_offsets: NDArray[np.int64] | None,
     sinks: NDArray[np.float32] | None,
-) -> None: ...
+) -> Any: ...
 def copy_blocks(plan: Plan, blocks: Blocks) -> None: ...
 def read(
     blocks: Blocks, block_row: NDArray[np.int32], start: int, stop: int
