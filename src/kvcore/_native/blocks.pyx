@@ -238,7 +238,7 @@ cdef class ControlPlane:
     """Pools, sequences and steps: which token lives in which block."""
 
     def __cinit__(self, groups, layers):
-        """groups: (block_size, num_blocks, retention or 0) each; layers: (group, kv_source) each."""
+        """groups: (block_size, num_blocks, retention or 0) each; layers: (group, kv_source)."""
         cdef kv_cache_config config
         cdef kv_group_config[16] group_configs
         cdef kv_layer_config *layer_configs
