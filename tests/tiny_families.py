@@ -1,10 +1,10 @@
-"""What tiny models of each family change in the tiny Llama of tests/models/conftest.py."""
+"""Tiny architectures: a Llama, and what the other families change in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvcore.models import Rope, YarnScaling
+from kvcore.models import ModelConfig, Rope, YarnScaling
 from kvcore.models.config import ClampedSwiglu, Experts, LatentAttention
 from kvcore.models.rope import FrequencyFactors
 
@@ -98,3 +98,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ),
     },
 }
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """A small architecture: keywords replace the defaults."""
+    values: dict[str, Any] = {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "vocab_size": 50,
+        "max_context": 128,
+        "norm_eps": 1e-5,
+        "rope": Rope(16, 10000.0),
+    }
+    return ModelConfig(**(values | changes))

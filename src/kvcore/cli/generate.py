@@ -142,7 +142,8 @@ def _make_cache(model: Model, prompt_lengths: list[int], options: dict[str, Any]
     num_blocks = options["num_blocks"]
     if num_blocks is None:
         lengths = [text_length(model, n, options["max_tokens"]) for n in prompt_lengths]
-        num_blocks = blocks_for(lengths, options["block_size"], max(options["max_batch"], 1))
+        batch, budget = (max(options[name], 1) for name in ("max_batch", "prefill_budget"))
+        num_blocks = blocks_for(spec, lengths, batch, budget)
     return KVCache(spec, num_blocks=num_blocks, backend=backend)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .. import checks
 from ..cache import KVCache
 from ..errors import InvalidArgument, InvalidType
+from ..spec import CacheSpec
 from .completion import Completion, TokenEvent
 from .generator import Generator
 from .progress import Progress
@@ -66,11 +67,12 @@ def stream(
         OutOfBlocks: the given cache is too small for a text of max_tokens.
     """
     checks.integer(max_batch, "max_batch", 1)
+    checks.integer(prefill_budget, "prefill_budget", 1)
     encoded = _encode(model, prompts)
     if cache is None:
         lengths = [text_length(model, len(tokens), max_tokens) for tokens in encoded]
-        num_blocks = blocks_for(lengths, block_size, max_batch)
-        cache = KVCache(model.cache_spec(block_size, k_format, v_format), num_blocks=num_blocks)
+        spec = model.cache_spec(block_size, k_format, v_format)
+        cache = KVCache(spec, num_blocks=blocks_for(spec, lengths, max_batch, prefill_budget))
     generator = Generator(model, cache, max_batch=max_batch, prefill_budget=prefill_budget)
     for tokens, params in zip(encoded, _params(sampling, len(encoded)), strict=True):
         generator.add(
@@ -123,10 +125,20 @@ def generate(
     return sorted(completions, key=lambda completion: completion.index)
 
 
-def blocks_for(lengths: Sequence[int], block_size: int, max_batch: int) -> int:
-    """Blocks that the `max_batch` longest of texts of these lengths [tokens] take; at least 1."""
+def blocks_for(
+    spec: CacheSpec, lengths: Sequence[int], max_batch: int, prefill_budget: int
+) -> list[int]:
+    """Blocks of each group that the `max_batch` longest of texts of these lengths take.
+
+    Args:
+        lengths: in tokens.
+        prefill_budget: the most tokens that a step adds to a text.
+    """
     longest = sorted(lengths, reverse=True)[:max_batch]
-    return max(1, sum(-(-length // block_size) for length in longest))
+    return [
+        max(1, sum(group.blocks_for(length, prefill_budget) for length in longest))
+        for group in spec.groups
+    ]
 
 
 def _events(generator: Generator) -> Iterating[TokenEvent, None, None]:

@@ -242,12 +242,18 @@ def _token_stream(model: Model, needed: bool) -> TokenStream | None:
 
 def _check_cache(model: Model, cache: KVCache) -> None:
     have = [(layer.num_kv_heads, layer.head_dim, layer.head_dim_v) for layer in cache.spec.layers]
-    want = [
-        (layer.num_kv_heads, layer.head_dim, layer.head_dim_v)
-        for layer in model.cache_spec().layers
-    ]
+    spec = model.cache_spec()
+    want = [(layer.num_kv_heads, layer.head_dim, layer.head_dim_v) for layer in spec.layers]
     if have != want:
         raise InvalidArgument(
             f"cache: expected {len(want)} layers of (num_kv_heads, head_dim, head_dim_v) "
             f"{want[0]}, as the model has, got {len(have)} layers of {have[0]}"
         )
+    for index, (layer, wanted) in enumerate(zip(cache.spec.layers, spec.layers, strict=True)):
+        kept = cache.spec.groups[layer.group].retention
+        window = spec.groups[wanted.group].retention
+        if kept is not None and (window is None or window > kept):
+            raise InvalidArgument(
+                f"cache: expected layer {index} to keep "
+                f"{'all' if window is None else f'the last {window}'} tokens, got {kept}"
+            )

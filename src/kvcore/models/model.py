@@ -80,11 +80,22 @@ class Model:
             return self.config.eos_ids
 
     def cache_spec(
-        self, block_size: int = 64, k_format: str = "bf16", v_format: str = "bf16"
+        self,
+        block_size: int = 64,
+        k_format: str = "bf16",
+        v_format: str = "bf16",
+        *,
+        keep_all: bool = False,
     ) -> CacheSpec:
-        """The cache that this model's decoder writes to."""
+        """The cache that this model's decoder writes to.
+
+        Layers of the same window form a group, which keeps no more tokens than they see.
+
+        Args:
+            keep_all: keep them all, so that texts can be truncated and forked anywhere.
+        """
         config = self.config
-        # Layers that see all tokens first, then those of each window: a group for each.
+        # Layers that see all tokens come first.
         windows = sorted({config.window(i) or 0 for i in range(config.num_layers)})
         latent = config.latent
         return CacheSpec(
@@ -92,7 +103,10 @@ class Model:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             v_in_k=None if latent is None else latent.kv_rank,
-            groups=[GroupSpec(block_size) for _ in windows],
+            groups=[
+                GroupSpec(block_size, retention=None if keep_all else window or None)
+                for window in windows
+            ],
             layer_groups=[windows.index(config.window(i) or 0) for i in range(config.num_layers)],
             k_format=k_format,
             v_format=v_format,

@@ -22,6 +22,7 @@ from .. import checks
 from ..cache import KVCache
 from ..errors import InvalidArgument, OutOfBlocks, SequenceBusy
 from ..sequence import Sequence
+from ..spec import GroupSpec
 
 
 @dataclass(eq=False)
@@ -106,12 +107,12 @@ class Scheduler(Generic[RequestT]):
         num_stored = max(request.num_prompt, request.max_length - 1)
         groups = zip(self.cache.spec.groups, self.cache.stats().groups, strict=True)
         for number, (group, stats) in enumerate(groups):
-            if request.num_prompt > stats.total * group.block_size:
+            if group.retention is None and request.num_prompt > stats.total * group.block_size:
                 raise InvalidArgument(
                     f"prompt: expected at most {stats.total * group.block_size} tokens, which is "
                     f"all that the cache holds, got {request.num_prompt}"
                 )
-            needed = -(-num_stored // group.block_size)
+            needed = group.blocks_for(num_stored, self.prefill_budget)
             if needed > stats.total:
                 raise OutOfBlocks(number, needed, stats.total)
         self.waiting.append(request)
@@ -200,7 +201,7 @@ class Scheduler(Generic[RequestT]):
         """Whether there are blocks for every known token of `request` and those that run."""
         requests = (*self.running, request)
         for group, stats in zip(self.cache.spec.groups, self.cache.stats().groups, strict=True):
-            needed = sum(_blocks_to_come(r, group.block_size) for r in requests)
+            needed = sum(_blocks_to_come(r, group, self.prefill_budget) for r in requests)
             if needed > stats.free + stats.cached:
                 return False
         return True
@@ -214,7 +215,10 @@ def _work(request: RequestT, limit: int) -> Work[RequestT]:
     return Work(request, request.sequence, tokens, wants_logits=stop == len(request.tokens))
 
 
-def _blocks_to_come(request: Request, block_size: int) -> int:
-    total = len(request.tokens)
-    stored = total - request.num_pending
-    return -(-total // block_size) - -(-stored // block_size)
+def _blocks_to_come(request: Request, group: GroupSpec, prefill_budget: int) -> int:
+    """Blocks that a request may need beyond those that it holds, for its known tokens."""
+    total, pending = len(request.tokens), request.num_pending
+    stored = total - pending
+    held = -(-stored // group.block_size) - group.first_kept(stored) // group.block_size
+    peak = group.blocks_for(total, max(1, min(prefill_budget, pending)))
+    return max(0, peak - held)
