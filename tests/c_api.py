@@ -23,7 +23,7 @@ import kvcore
 
 
 class GroupConfig(Structure):
-    _fields_ = [("block_size", c_int32), ("num_blocks", c_int32), ("retention", c_int32)]
+    _fields_ = [(n, c_int32) for n in ("block_size", "num_blocks", "retention", "slack")]
 
 
 class LayerConfig(Structure):
@@ -94,7 +94,7 @@ class CCache:
         self.library = load()
         groups = (GroupConfig * len(spec.groups))(
             *(
-                (g.block_size, n, g.retention or 0)
+                (g.block_size, n, g.retention or 0, g.slack)
                 for g, n in zip(spec.groups, num_blocks, strict=True)
             )
         )

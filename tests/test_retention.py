@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvcore
-from c_api import CCache, GroupConfig, StatusError
+from c_api import CCache, StatusError
 from strategies import cuts, seeds
 from support import (
     append_all,
@@ -257,6 +256,51 @@ class TestCutting:
         assert a.blocks().tolist() == b.blocks().tolist()
         assert_balanced(cache)
 
+    @pytest.mark.parametrize("slack", [1, 5, 16, 40])
+    def test_slack_lets_tokens_be_taken_back(self, rng, slack):
+        """Speculative decoding: of slack + 1 new tokens one is right, or some, or all."""
+        window = 20
+        caches = [
+            make_cache(16, groups=[kvcore.GroupSpec(16, *keeps)]) for keeps in [(window, slack), ()]
+        ]
+        sequences = [cache.sequence() for cache in caches]
+        for n in range(100):
+            k, v = random_kv(rng, 1 + slack, caches[0].spec.layers[0])
+            q = random_q(rng, 1 + slack, 2, 16)
+            outs = []
+            for cache, sequence in zip(caches, sequences, strict=True):
+                poison(cache, [sequence])
+                with cache.step([(sequence, 1 + slack)]) as step:
+                    step.append(0, k, v)
+                    outs.append(step.attend(0, q, window=window))
+                sequence.truncate(len(sequence) - (0, slack, n % (slack + 1))[n % 3])
+                assert sequence.first_kept() == cache.spec.groups[0].first_kept(step.seq_lens[0])
+            assert_same_bits(*outs)
+            if len(sequences[1]) > 200:
+                break
+        a = sequences[0]
+        assert len(a) - window + 1 - slack - 16 <= a.first_kept() <= len(a) - window + 1
+        assert_balanced(caches[0])
+
+    def test_slack_stays_with_forks(self, rng):
+        cache = make_cache(16, groups=[kvcore.GroupSpec(16, 20, 30)])
+        a = cache.sequence()
+        grow(cache, [(a, 100)], rng)
+        assert a.first_kept() == 48
+        b = a.fork(80)
+        assert b.blocks().tolist() == a.blocks()[:5].tolist()
+        b.truncate(70)
+        b.truncate(67)
+        with pytest.raises(
+            kvcore.TokensReleased, match=r"expected 0 or 67 to 67, got 66: .* of 30"
+        ):
+            b.truncate(66)
+        grow(cache, [(b, 1)], rng)
+        assert b.first_kept() == 48
+        grow(cache, [(b, 50)], rng)
+        assert b.first_kept() == 64
+        assert_balanced(cache)
+
     def test_to_nothing_and_on(self, rng):
         cache = windowed(20)
         a = cache.sequence()
@@ -412,10 +456,11 @@ class TestSizes:
     def test_blocks_for_is_what_a_sequence_takes_at_most(self, data):
         size = data.draw(st.sampled_from([16, 32]))
         retention = data.draw(st.one_of(st.none(), st.integers(1, 100)))
-        group = kvcore.GroupSpec(size, retention)
+        slack = data.draw(st.integers(0, 40)) if retention else 0
+        group = kvcore.GroupSpec(size, retention, slack)
         num_new, num_tokens = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 300))
         most = group.blocks_for(num_tokens, num_new)
-        cache = windowed(retention, size, num_blocks=most, poisoned=False, num_kv_heads=1)
+        cache = make_cache(most, groups=[group], poisoned=False, num_kv_heads=1)
         a, rng = cache.sequence(), np.random.default_rng(0)
         while len(a) < num_tokens:  # OutOfBlocks is what must not come
             grow(cache, [(a, data.draw(st.integers(1, min(num_new, num_tokens - len(a)))))], rng)
@@ -441,16 +486,22 @@ class TestSizes:
         with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match=r"^retention: "):
             kvcore.GroupSpec(64, retention)
 
+    @pytest.mark.parametrize("arguments", [(20, -1), (20, 1.5), (20, None), (None, 1)])
+    def test_slack_that_is_refused(self, arguments):
+        with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match=r"^slack: "):
+            kvcore.GroupSpec(64, *arguments)
+
 
 class TestCDoor:
-    def cache(self, retention):
-        group = SimpleNamespace(block_size=16, retention=retention)
+    def cache(self, retention, slack=0):
+        group = SimpleNamespace(block_size=16, retention=retention, slack=slack)
         layer = SimpleNamespace(group=0, kv_source=0)
         return CCache(SimpleNamespace(groups=[group], num_layers=1, layers=[layer]), [8])
 
-    def test_a_retention_below_zero(self):
+    @pytest.mark.parametrize("numbers", [(-1, 0), (-(2**31), 0), (20, -1)])
+    def test_numbers_below_zero(self, numbers):
         with pytest.raises(StatusError, match="ERR_VALUE"):
-            self.cache(-1)
+            self.cache(*numbers)
 
     def test_check_finds_a_column_that_came_back(self):
         """A C program that writes where it must not: into the row of blocks of a plan."""
@@ -488,8 +539,3 @@ class TestCDoor:
             ops(q, blocks, blocks, table, [40], [0, 1], mask=[mask | (np.arange(40) == 9)])
         with pytest.raises(kvcore.InvalidArgument, match=r"^block_tables: .* got -2 to 3"):
             ops(q, blocks, blocks, np.where(table < 0, -2, table), [40], [0, 1], window=24)
-
-    def test_group_config_ends_with_the_retention(self):
-        """A C program that names no retention has none: it is the last field."""
-        assert [name for name, _ in GroupConfig._fields_][-1] == "retention"
-        assert ctypes.sizeof(GroupConfig) == 12

@@ -138,7 +138,7 @@ class KVCache:
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
             [
-                (group.block_size, n, group.retention or 0)
+                (group.block_size, n, group.retention or 0, group.slack)
                 for group, n in zip(spec.groups, self.num_blocks, strict=True)
             ],
             [(layer.group, layer.kv_source) for layer in spec.layers],

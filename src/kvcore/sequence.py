@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvcore import checks
 from kvcore.errors import SequenceFreed, TokensReleased
 
@@ -96,7 +98,10 @@ class Sequence:
 
     def first_kept(self, group: int = 0) -> int:
         """The first token that a group still holds; 0 unless it has a retention."""
-        return self.cache.spec.groups[self._group(group)].first_kept(len(self))
+        spec = self.cache.spec.groups[self._group(group)]
+        if spec.retention is None:
+            return 0
+        return int(np.count_nonzero(self.blocks(group) < 0)) * spec.block_size
 
     def blocks(self, group: int = 0) -> Any:
         """The numbers of the sequence's blocks in a group, in order: int32 [columns].
@@ -110,14 +115,16 @@ class Sequence:
 
     def _released(self, length: int) -> TokensReleased:
         """Why the sequence cannot be cut to `length` tokens."""
-        kept = [group.first_kept(len(self)) for group in self.cache.spec.groups]
-        reads = [group.first_kept(length) for group in self.cache.spec.groups]
+        groups = self.cache.spec.groups
+        kept = [self.first_kept(g) for g in range(len(groups))]
+        reads = [group.first_kept(length + group.slack) for group in groups]
         g = next(g for g, first in enumerate(reads) if first < min(kept[g], length))
-        retention = self.cache.spec.groups[g].retention
+        retention = groups[g].retention
         assert retention is not None
         return TokensReleased(
             f"length: expected 0 or {kept[g] + retention - 1} to {len(self)}, got {length}: "
-            f"group {g}, with a retention of {retention}, keeps the tokens from {kept[g]} on"
+            f"group {g}, with a retention of {retention} and a slack of {groups[g].slack}, keeps "
+            f"the tokens from {kept[g]} on"
         )
 
     def _live(self) -> SequenceHandle:

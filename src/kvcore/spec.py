@@ -63,16 +63,20 @@ class GroupSpec:
 
     A token of a layer with a window of w reads w tokens, itself included; a group of such layers
     has retention=w. A commit at length n then releases every block that lies wholly below token
-    n - retention + 1. So a sequence cannot be truncated or forked far back: at its new length the
-    next token must still find all that it reads.
+    n - retention + 1 - slack. After a step a sequence can be truncated or forked as far back as it
+    still holds all that its next token reads there: by `slack` tokens, or whatever the last block
+    adds.
 
     Attributes:
         block_size: token slots of a block, a power of two from 16 to 4096.
         retention: the widest window that `attend` may be given; None: every token is kept.
+        slack: tokens kept beyond the retention, for steps that are to be taken back in part, as in
+            speculative decoding.
     """
 
     block_size: int = 64
     retention: int | None = None
+    slack: int = 0
 
     def __post_init__(self) -> None:
         size = checks.integer(self.block_size, "block_size", MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
@@ -80,13 +84,7 @@ class GroupSpec:
             raise InvalidArgument(f"block_size: expected a power of two, got {size}")
         if self.retention is not None:
             checks.integer(self.retention, "retention", 1, MAX_SLOTS)
-
-    def first_kept(self, num_tokens: int) -> int:
-        """The first token that a sequence of `num_tokens` tokens still holds."""
-        if self.retention is None:
-            return 0
-        first = max(0, num_tokens - self.retention + 1)
-        return first // self.block_size * self.block_size
+        checks.integer(self.slack, "slack", 0, 0 if self.retention is None else MAX_SLOTS)
 
     def blocks_for(self, num_tokens: int, num_new: int = 1) -> int:
         """The most blocks that one sequence holds while it grows to `num_tokens` tokens.
@@ -101,8 +99,15 @@ class GroupSpec:
         if self.retention is None:
             return columns
         # What is kept before a step and the new tokens, wherever blocks begin.
-        span = self.retention - 1 + num_new
+        span = self.retention - 1 + self.slack + num_new
         return min(columns, (span + self.block_size - 2) // self.block_size + 1)
+
+    def first_kept(self, num_tokens: int) -> int:
+        """The first token that a sequence holds after it has grown to `num_tokens`."""
+        if self.retention is None:
+            return 0
+        first = max(0, num_tokens - self.retention + 1 - self.slack)
+        return first // self.block_size * self.block_size
 
 
 @dataclass(frozen=True, init=False)

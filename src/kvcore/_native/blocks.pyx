@@ -238,15 +238,15 @@ cdef class ControlPlane:
     """Pools, sequences and steps: which token lives in which block."""
 
     def __cinit__(self, groups, layers):
-        """groups: (block_size, num_blocks, retention or 0) each; layers: (group, kv_source)."""
+        """groups: (block_size, num_blocks, retention or 0, slack); layers: (group, kv_source)."""
         cdef kv_cache_config config
         cdef kv_group_config[16] group_configs
         cdef kv_layer_config *layer_configs
         cdef int i
         if len(groups) > KV_MAX_GROUPS:
             raise InvalidArgument(f"groups: at most {KV_MAX_GROUPS}, got {len(groups)}")
-        for i, (block_size, num_blocks, retention) in enumerate(groups):
-            group_configs[i] = kv_group_config(block_size, num_blocks, retention)
+        for i, (block_size, num_blocks, retention, slack) in enumerate(groups):
+            group_configs[i] = kv_group_config(block_size, num_blocks, retention, slack)
         layer_configs = <kv_layer_config *>PyMem_Malloc(len(layers) * sizeof(kv_layer_config) + 1)
         if layer_configs == NULL:
             raise MemoryError

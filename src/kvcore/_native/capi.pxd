@@ -38,6 +38,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int32_t block_size
         int32_t num_blocks
         int32_t retention
+        int32_t slack
     ctypedef struct kv_layer_config:
         int32_t group
         int32_t kv_source

@@ -5,15 +5,18 @@
 kv_status kv_pool_init(kv_pool *pool, const kv_group_config *config) {
     const int32_t size = config->block_size, count = config->num_blocks;
     if (size < 16 || size > 4096 || (size & (size - 1)) != 0 || count < 1 ||
-        config->retention < 0) {
+        config->retention < 0 || config->slack < 0) {
         return KV_ERR_VALUE;
     }
     /* Slots are int32: block * block_size + offset. */
     if ((int64_t)size * count > INT32_MAX) {
         return KV_ERR_OVERFLOW;
     }
-    *pool = (kv_pool){
-        .block_size = size, .num_blocks = count, .retention = config->retention, .num_free = count};
+    *pool = (kv_pool){.block_size = size,
+                      .num_blocks = count,
+                      .retention = config->retention,
+                      .slack = config->slack,
+                      .num_free = count};
     pool->oldest = pool->newest = -1;
     const size_t n = (size_t)count;
     pool->refcounts = calloc(n, sizeof *pool->refcounts);

@@ -14,6 +14,7 @@
 typedef struct kv_pool {
     int32_t block_size, num_blocks;
     int32_t retention; /* 0: every token is kept */
+    int32_t slack;     /* tokens kept beyond it */
     int32_t num_free, num_cached;
     int32_t *refcounts;     /* [N] */
     uint32_t *generations;  /* [N] raised each time the block is handed out */

@@ -8,9 +8,9 @@
 static void count_holds(const kv_cache *cache, int32_t group, int32_t *holds) {
     for (int32_t s = 0; s < cache->sequences.count; s++) {
         const kv_sequence_state *state = &cache->sequences.states[s];
-        const int32_t first = kv_first_column(&cache->pools[group], state->length);
-        for (int32_t i = first; state->live && i < state->rows[group].count; i++) {
-            holds[state->rows[group].blocks[i]]++;
+        const kv_block_row *row = &state->rows[group];
+        for (int32_t i = row->first; state->live && i < row->count; i++) {
+            holds[row->blocks[i]]++;
         }
     }
     for (const kv_step *step = cache->open_steps; step; step = step->next) {
@@ -65,10 +65,12 @@ static const char *check_row(const kv_pool *pool, const kv_sequence_state *state
     if (!state->step && row->count != kv_columns(state->length, pool->block_size)) {
         return "a sequence has more or fewer blocks than its length needs";
     }
-    const int32_t first = kv_first_column(pool, state->length);
+    if (row->first < 0 || row->first > kv_first_column(pool, state->length)) {
+        return "a sequence has released blocks that its next token may read";
+    }
     for (int32_t i = 0; i < row->count; i++) {
         const int32_t block = row->blocks[i];
-        if (i < first ? block != KV_NO_BLOCK : block < 0 || block >= pool->num_blocks) {
+        if (i < row->first ? block != KV_NO_BLOCK : block < 0 || block >= pool->num_blocks) {
             return "a sequence holds a released block, or misses one that is not";
         }
     }

@@ -9,12 +9,11 @@ static void release_columns(kv_cache *cache, kv_sequence_state *state, int32_t l
         kv_block_row *row = &state->rows[g];
         const int32_t kept = kv_columns(length, cache->pools[g].block_size);
         /* Backwards: a prefix is only found from its start, so its end is to be evicted first. */
-        while (row->count > kept) {
-            const int32_t block = row->blocks[--row->count];
-            if (block != KV_NO_BLOCK) {
-                kv_pool_release(&cache->pools[g], block);
-            }
+        while (row->count > kept && row->count > row->first) {
+            kv_pool_release(&cache->pools[g], row->blocks[--row->count]);
         }
+        row->count = row->count < kept ? row->count : kept;
+        row->first = row->first < row->count ? row->first : row->count;
     }
 }
 
@@ -50,8 +49,9 @@ static void adopt_span(kv_cache *cache, kv_sequence_state *state, int32_t length
         kv_pool *pool = &cache->pools[g];
         kv_block_row *row = &state->rows[g];
         const kv_block_handle *blocks = kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
+        row->first = kv_first_column(pool, length);
         for (int32_t i = 0; i < span / pool->block_size; i++) {
-            const int kept = row->count >= kv_first_column(pool, length);
+            const int kept = row->count >= row->first;
             if (kept) {
                 kv_pool_retain(pool, blocks[i].block);
             }
@@ -146,8 +146,7 @@ static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, in
     for (int32_t g = 0; g < cache->num_groups; g++) {
         const kv_pool *pool = &cache->pools[g];
         const int32_t first = kv_first_column(pool, length);
-        if (first < kv_columns(length, pool->block_size) &&
-            first < kv_first_column(pool, state->length)) {
+        if (first < kv_columns(length, pool->block_size) && first < state->rows[g].first) {
             return 0;
         }
     }
@@ -157,15 +156,17 @@ static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, in
 static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_sequence_state *to,
                           int32_t length) {
     for (int32_t g = 0; g < cache->num_groups; g++) {
-        const int32_t columns = kv_columns(length, cache->pools[g].block_size);
-        const int32_t first = kv_first_column(&cache->pools[g], length);
-        for (int32_t i = 0; i < columns; i++) {
-            to->rows[g].blocks[i] = i < first ? KV_NO_BLOCK : from->rows[g].blocks[i];
-            if (i >= first) {
-                kv_pool_retain(&cache->pools[g], to->rows[g].blocks[i]);
+        kv_pool *pool = &cache->pools[g];
+        const kv_block_row *source = &from->rows[g];
+        kv_block_row *row = &to->rows[g];
+        row->count = kv_columns(length, pool->block_size);
+        row->first = source->first < row->count ? source->first : row->count;
+        for (int32_t i = 0; i < row->count; i++) {
+            row->blocks[i] = source->blocks[i];
+            if (i >= row->first) {
+                kv_pool_retain(pool, row->blocks[i]);
             }
         }
-        to->rows[g].count = columns;
     }
 }
 

@@ -6,8 +6,8 @@
 #include "prefix_index.h"
 
 typedef struct kv_block_row {
-    int32_t *blocks; /* KV_NO_BLOCK in the columns before kv_first_column */
-    int32_t count, capacity;
+    int32_t *blocks; /* KV_NO_BLOCK in the columns before `first`, which were released */
+    int32_t first, count, capacity;
 } kv_block_row;
 
 typedef struct kv_sequence_state {
@@ -51,7 +51,7 @@ static inline int32_t kv_columns(int32_t tokens, int32_t block_size) {
     return tokens / block_size + (tokens % block_size != 0);
 }
 
-/* The first column that a sequence of `length` tokens holds: its next token reads none before. */
+/* The first column that the next token of a sequence of `length` tokens may read. */
 static inline int32_t kv_first_column(const kv_pool *pool, int32_t length) {
     const int32_t retention = pool->retention;
     return retention > 0 && length >= retention ? (length - retention + 1) / pool->block_size : 0;

@@ -422,11 +422,11 @@ static void release_copied(kv_step *step, int32_t group) {
 static void release_behind(kv_step *step, int32_t group, int32_t i) {
     kv_pool *pool = &step->cache->pools[group];
     const kv_sequence_state *state = state_of(step, i);
-    int32_t *blocks = state->rows[group].blocks;
-    const int32_t stop = kv_first_column(pool, state->length);
-    for (int32_t c = kv_first_column(pool, step->sequences[i].old_length); c < stop; c++) {
-        kv_pool_release(pool, blocks[c]);
-        blocks[c] = KV_NO_BLOCK;
+    kv_block_row *row = &state->rows[group];
+    const int32_t kept = kv_first_column(pool, state->length - pool->slack);
+    for (; row->first < kept; row->first++) {
+        kv_pool_release(pool, row->blocks[row->first]);
+        row->blocks[row->first] = KV_NO_BLOCK;
         pool->released++;
     }
 }

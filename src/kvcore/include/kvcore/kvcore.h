@@ -92,12 +92,13 @@ typedef uint64_t kv_sequence; /* a handle tagged with its cache and generation; 
 #define KV_MAX_GROUPS 16
 
 /* With a retention of r, a new token at i reads only tokens j with i - r < j <= i, as a window of r
- * or less does. A commit at length n then releases the blocks that lie wholly below n - r + 1: their
- * columns in the block tables are -1 from then on. */
+ * or less does. A commit at length n then releases the blocks that lie wholly below
+ * n - r + 1 - slack: their columns in the block tables are -1 from then on. */
 typedef struct kv_group_config {
     int32_t block_size; /* token slots of a block: a power of two, 16 .. 4096 */
     int32_t num_blocks;
     int32_t retention; /* 0: every token is kept */
+    int32_t slack;     /* tokens kept beyond it, which truncate and fork may then take back */
 } kv_group_config;
 
 typedef struct kv_layer_config {
