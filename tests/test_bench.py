@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench import curves, report
+from bench import curves, report, suite
 from bench.cases import CASES, FORMATS, Case, Data
 from bench.machine import Pinning, affinity
 from bench.measure import Cursor, Samples, Task, Timing, measure, ratio
@@ -181,17 +181,29 @@ def test_a_task_that_is_not_pinned_may_run_anywhere():
     assert os.sched_getaffinity(0) == set(affinity())
 
 
-def test_a_wrong_answer_is_an_error(roof, settings):
-    class Wrong(Task):
-        def run(self):
-            pass
+class Wrong(Task):
+    def run(self):
+        pass
 
-        def output(self):
-            return np.zeros((1, 6, 16), np.float32)
+    def output(self):
+        return np.zeros((1, 6, 16), np.float32)
 
-    case = Case("one", "decode", (40,), (1,), num_heads=6, num_kv_heads=2, head_dim=16)
-    with pytest.raises(RuntimeError, match="the answer of wrong is wrong by 1"):
-        run_case(case, "fp32", {"wrong": Peer(lambda _: {"wrong": Wrong()})}, roof, settings)
+
+WRONG_CASE = Case("one", "decode", (40,), (1,), num_heads=6, num_kv_heads=2, head_dim=16)
+
+
+def test_a_peer_with_a_wrong_answer_takes_no_part(roof, settings):
+    result = run_case(WRONG_CASE, "fp32", {"p": Peer(lambda _: {"p": Wrong()})}, roof, settings)
+    assert result.absent["p"].startswith("its answer is wrong by 1.0e+00")
+    assert {row.peer for row in result.rows} == {"kvcore", "roof"}
+    table = report.case_lines(WRONG_CASE, "fp32", result, Limits(1, 1.0, 1.0, 1.0))
+    assert any("without p: its answer is wrong" in line for line in table)
+
+
+def test_a_wrong_answer_of_kvcore_is_an_error(roof, settings, monkeypatch):
+    monkeypatch.setattr(suite.kvcore_peer, "prepare", lambda *_: {"kvcore": Wrong()})
+    with pytest.raises(RuntimeError, match="kvcore, one fp32: its answer is wrong"):
+        run_case(WRONG_CASE, "fp32", {}, roof, settings)
 
 
 def test_tasks_take_turns_and_walk_the_layers():
