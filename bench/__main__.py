@@ -1,6 +1,6 @@
 """python -m bench: measures the machine, then append and attend beside the peers.
 
-`python -m bench curves` draws time against context instead.
+`python -m bench curves` draws time against context, `python -m bench profile` measures floors.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import kvcore
-from bench import control, curves, peers, report
+from bench import control, curves, peers, profile, report
 from bench.arguments import names, positive
-from bench.cases import CASES, FORMATS, KINDS
+from bench.cases import CASES, FORMATS, KINDS, expand
 from bench.machine import Pinning, affinity, describe, l3_bytes, out_dir
 from bench.roof import Limits, Roof
 from bench.suite import Row, Settings, load_peers, run_case
@@ -27,6 +27,8 @@ QUICK_PEERS = ("numpy", "torch")
 def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["curves"]:
         return curves.main(argv[1:])
+    if argv[:1] == ["profile"]:
+        return profile.main(argv[1:])
     arguments = _parse(argv)
     if arguments.list:
         for case in CASES.values():
@@ -98,17 +100,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-control", action="store_true", help="leave out what the books cost")
     parser.add_argument("--list", action="store_true", help="list the cases")
     arguments = parser.parse_args(argv)
-    arguments.cases = _expand(arguments.cases or (QUICK_CASES if arguments.quick else CASES))
+    arguments.cases = expand(arguments.cases or (QUICK_CASES if arguments.quick else CASES))
     arguments.formats = arguments.formats or list(QUICK_FORMATS if arguments.quick else FORMATS)
     arguments.peers = arguments.peers or list(QUICK_PEERS if arguments.quick else peers.NAMES)
     return arguments
-
-
-def _expand(names: Collection[str]) -> list[str]:
-    """Names of cases, for a kind those of all its cases."""
-    return [
-        case.name for name in names for case in CASES.values() if name in (case.name, case.kind)
-    ]
 
 
 def _limits(num_threads: int, quick: bool) -> list[Limits]:

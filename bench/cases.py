@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,6 +137,13 @@ CASES = {
         _append("append-2k", 1, 0, 2048),
     )
 }
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Names of cases; the name of a kind stands for all its cases."""
+    return [
+        case.name for name in names for case in CASES.values() if name in (case.name, case.kind)
+    ]
 
 
 @dataclass(frozen=True)

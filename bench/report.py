@@ -40,7 +40,7 @@ def case_lines(case: Case, kv_format: str, result: Result, limits: Limits) -> li
         limits: those of the threads that were measured.
     """
     what = "writes" if case.kind == "append" else "reads"
-    head = f"{case.name}, {kv_format}: {case.description}; {what} {_megabytes(case, kv_format)}"
+    head = f"{case.name}, {kv_format}: {case.description}; {what} {megabytes(case, kv_format)}"
     if case.kind == "prefill":
         head += f", {case.flops / 1e9:.3g} GFLOP"
     regime = result.rows[0].regime
@@ -53,7 +53,8 @@ def case_lines(case: Case, kv_format: str, result: Result, limits: Limits) -> li
     return lines
 
 
-def _megabytes(case: Case, kv_format: str) -> str:
+def megabytes(case: Case, kv_format: str) -> str:
+    """What the call must read or write."""
     return f"{case.kv_bytes(kv_format) / 1e6:.3g} MB"
 
 

@@ -17,6 +17,7 @@ from bench.cases import CASES, FORMATS, Case, Data
 from bench.machine import Pinning, affinity
 from bench.measure import Cursor, Samples, Task, Timing, measure, ratio
 from bench.peers import NAMES, Peer
+from bench.profile import HEADER, Profile
 from bench.reference import Reference
 from bench.roof import Limits, Roof
 from bench.suite import Row, Settings, load_peers, run_case
@@ -304,3 +305,14 @@ def test_curves_are_measured_and_drawn(roof, settings, tmp_path):
         assert "of degree 1" in curves.lines(curve)[0]
     path = drawing.draw(measured, {"cpu": "a CPU", "isa": "scalar"}, 1, tmp_path / "decode.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_compares_memory_with_the_caches(settings):
+    measured = Profile(settings)
+    cells = [cell.strip() for cell in measured.line(SMALL[1], "fp16").strip("|").split("|")]
+    assert cells[:3] == ["even", "fp16", "0.0717 MB"]
+    assert len(cells) == HEADER.split("\n")[0].count("|") - 1
+    floor, from_l2, reached = map(float, cells[3:6])
+    assert floor > 0 and reached > 0 and math.isfinite(from_l2)
+    _, _, _, work, _, from_l2, *_ = measured.line(SMALL[3], "fp32").split("|")
+    assert (work.strip(), from_l2.strip()) == (f"{SMALL[3].flops / 1e9:.3g} GFLOP", "")
