@@ -10,6 +10,7 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
     const int64_t rows = (num_rows + KV_ROW_ALIGN - 1) & -KV_ROW_ALIGN; /* all stays aligned */
     const int64_t widest = q_width > o_width ? q_width : o_width;
     const int64_t sizes[] = {rows * q_width,
+                             rows * q_width,
                              rows * KV_SPLIT,
                              KV_RUN * widest,
                              rows * o_width,
@@ -18,8 +19,9 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
                              rows * o_width,
                              rows,
                              rows};
-    float **const places[] = {&t->q,       &t->scores,    &t->decoded,   &t->state.o,  &t->state.m,
-                              &t->state.l, &t->partial.o, &t->partial.m, &t->partial.l};
+    float **const places[] = {&t->q,         &t->panels,   &t->scores,  &t->decoded,
+                              &t->state.o,   &t->state.m,  &t->state.l, &t->partial.o,
+                              &t->partial.m, &t->partial.l};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (base)
@@ -75,6 +77,7 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
     }
+    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, t->panels);
 }
 
 void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32_t split,
@@ -133,7 +136,7 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
     const int prefixes = find_visible(unit, begin, t);
     const int moved = call->options->alibi_slopes &&
                       kv_key_places(&call->sight, unit->sequence, begin, t->places);
-    const kv_split_task task = {.q = t->q,
+    const kv_split_task task = {.panels = t->panels,
                                 .num_rows = unit->num_rows,
                                 .q_width = call->q_width,
                                 .o_width = call->o_width,

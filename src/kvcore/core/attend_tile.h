@@ -22,7 +22,7 @@ typedef struct kv_attend_call {
 
 /* What a part works in: pointers into its scratch, and the tile at hand. */
 typedef struct kv_tile {
-    float *q, *scores, *decoded;
+    float *q, *panels, *scores, *decoded;
     kv_partial state, partial;
     kv_view views[KV_TILE_ROWS];   /* what a row sees in all */
     int32_t visible[KV_TILE_ROWS]; /* the end of what it sees in the split at hand */

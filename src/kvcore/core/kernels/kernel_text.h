@@ -16,6 +16,7 @@
     {                                         \
         .isa = name,                          \
         .convert = kv_convert,                \
+        .pack_queries = kv_pack_queries,      \
         .attend_split = kv_attend_split,      \
         .merge_partial = kv_merge_partial,    \
         .normalize = kv_normalize,            \

@@ -36,7 +36,7 @@ typedef struct kv_partial {
 } kv_partial;
 
 typedef struct kv_split_task {
-    const float *q; /* [num_rows, q_width], scaled, padded with zeros up to KV_ROW_ALIGN */
+    const float *panels; /* the queries, by pack_queries */
     int32_t num_rows, q_width, o_width;
     const int32_t *visible; /* [num_rows] where what a row sees of the split ends; without `seen`
                                it sees all before, and `visible` never decreases */
@@ -66,6 +66,9 @@ typedef struct kv_kernels {
     /* `count` elements, dense on both sides, from one float format to another. */
     void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
                     int64_t count);
+    /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, into as many
+     * floats in the order in which attend_split reads them. */
+    void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, float *panels);
     void (*attend_split)(const kv_split_task *task);
     /* Folds `from`, whose tokens come later, into `into`. */
     void (*merge_partial)(const kv_partial *into, const kv_partial *from, int32_t num_rows,

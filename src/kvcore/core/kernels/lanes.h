@@ -13,6 +13,8 @@
  *   kv_pow2(z)        2^n for z = n + KV_ROUND, n a whole number from -126 to 127
  *   kv_keep_above(x, bound, y)   y, but 0 in the lanes where x < bound
  *   kv_load_f16, kv_load_bf16, kv_store_f16, kv_store_bf16   with conversion
+ *   kv_load_bf16_pairs(p, even, odd)   2 * KV_LANES elements, taken apart
+ *   kv_zip_low, kv_zip_high   what puts such a pair together again
  *   kv_prefetch(p)    ask for a cache line in L2
  *
  * Each load and store has a form with the suffix _partial that touches only the first n lanes in

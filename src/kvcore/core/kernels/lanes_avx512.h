@@ -112,6 +112,23 @@ KV_INLINE kv_vec kv_load_bf16_partial(const uint16_t *p, int n) {
     return kv_widen_bf16(_mm256_maskz_loadu_epi16(kv_lane_mask(n), p));
 }
 
+KV_INLINE void kv_load_bf16_pairs(const uint16_t *p, kv_vec *even, kv_vec *odd) {
+    const __m512i x = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+KV_INLINE kv_vec kv_zip_low(kv_vec a, kv_vec b) {
+    const __m512i from = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutex2var_ps(a, from, b);
+}
+
+KV_INLINE kv_vec kv_zip_high(kv_vec a, kv_vec b) {
+    const __m512i from =
+        _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    return _mm512_permutex2var_ps(a, from, b);
+}
+
 KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
