@@ -106,6 +106,17 @@ BAD = [
     (ARGUMENT, "memory", lambda w: kvcore.KVCache(w.cache.spec, memory="plenty")),
     (ARGUMENT, "memory", lambda w: kvcore.KVCache(w.cache.spec, memory=-1)),
     (TYPE, "memory", lambda w: kvcore.KVCache(w.cache.spec, memory=1.5)),
+    (ARGUMENT, "sequence_length", lambda w: kvcore.KVCache(w.cache.spec, 4, sequence_length=9)),
+    (
+        ARGUMENT,
+        "sequence_length",
+        lambda w: kvcore.KVCache(w.cache.spec, memory="1MiB", sequence_length=0),
+    ),
+    (
+        TYPE,
+        "sequence_length",
+        lambda w: kvcore.KVCache(w.cache.spec, memory="1MiB", sequence_length="9"),
+    ),
     (ARGUMENT, "backend", lambda w: kvcore.KVCache(w.cache.spec, 4, backend="tpu")),
     (ARGUMENT, "backend", lambda w: kvcore.KVCache(w.cache.spec, 4, backend=None)),
     (ARGUMENT, "device", lambda w: kvcore.KVCache(w.cache.spec, 4, device=0)),

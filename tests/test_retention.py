@@ -451,6 +451,51 @@ class TestPrefixes:
 
 
 class TestSizes:
+    @settings(max_examples=30)
+    @given(data=st.data())
+    def test_memory_for_sequences_of_a_length(self, data):
+        """They all fit: each written in one step, then all of them growing token by token."""
+        sizes = [data.draw(st.sampled_from([16, 32])) for _ in range(2)]
+        keeps = [data.draw(st.one_of(st.none(), st.integers(1, 90))) for _ in sizes]
+        groups = [kvcore.GroupSpec(*pair) for pair in zip(sizes, keeps, strict=True)]
+        spec = kvcore.CacheSpec(2, 1, 8, groups=groups, layer_groups=[0, 1])
+        length = data.draw(st.integers(8, 150))
+        span, num_sequences = max(sizes), data.draw(st.integers(1, 5))
+        whole = -(-length // span) * span  # a length that all groups fill
+        memory = spec.nbytes(
+            [num_sequences * g.blocks_for(whole) + whole // g.block_size for g in groups]
+        )
+        cache = kvcore.KVCache(spec, memory=memory, sequence_length=whole)
+        assert cache.stats().bytes <= memory
+        sequences = [cache.sequence() for _ in range(num_sequences)]
+        rng = np.random.default_rng(0)
+        written = whole - min(whole - 1, data.draw(st.integers(0, 20)))
+        for sequence in sequences:
+            grow(cache, [(sequence, written)], rng)
+        for _ in range(written, whole):
+            grow(cache, [(sequence, 1) for sequence in sequences], rng)
+
+    def test_what_a_length_saves(self):
+        """Five layers of six with a window of 1024, texts of 32,768 tokens."""
+        spec = kvcore.CacheSpec(
+            6,
+            1,
+            64,
+            groups=[kvcore.GroupSpec(64), kvcore.GroupSpec(64, 1024)],
+            layer_groups=[0, 1, 1, 1, 1, 1],
+        )
+        memory = spec.nbytes(8 * 512)  # eight texts, if every layer kept them whole
+        assert spec.blocks_in(memory) == (8 * 512, 8 * 512)
+        full, windowed = spec.blocks_in(memory, 32_768)
+        # 17 blocks of a window for each 512 that are kept, and room to write a text at once.
+        assert windowed == -(-full * 17 // 512) + 512 - 17 and full >= 37 * 512
+        assert memory - 6 * spec.block_nbytes(0) < spec.nbytes((full, windowed)) <= memory
+
+    def test_a_length_changes_nothing_without_a_retention(self):
+        spec = kvcore.CacheSpec(3, 2, 64)
+        for memory in (10**6, 10**8):
+            assert spec.blocks_in(memory, 1000) == spec.blocks_in(memory)
+
     @settings(max_examples=60)
     @given(data=st.data())
     def test_blocks_for_is_what_a_sequence_takes_at_most(self, data):

@@ -112,6 +112,9 @@ class KVCache:
         num_blocks: blocks of each group, one number or one a group.
         memory: instead of num_blocks, bytes of storage: a number, a text like "2GiB", or "auto"
             for half of the memory that is available.
+        sequence_length: with memory, tokens of the sequences that the cache is for. Groups with a
+            retention then take the blocks that as many of these need as the others have room for;
+            when left out, every group has room for as many tokens.
         backend: "cpu" or "cuda".
         device: the CUDA device's number; None for the CPU.
 
@@ -127,6 +130,7 @@ class KVCache:
         num_blocks: int | Iterable[int] | None = None,
         *,
         memory: int | str | None = None,
+        sequence_length: int | None = None,
         backend: str = "cpu",
         device: int | None = None,
     ) -> None:
@@ -134,7 +138,7 @@ class KVCache:
             raise InvalidType(f"spec: expected a CacheSpec, got {type(spec).__name__}")
         self.spec = spec
         self.backend = get_backend(backend)
-        self.num_blocks = _count_blocks(spec, num_blocks, memory)
+        self.num_blocks = _count_blocks(spec, num_blocks, memory, sequence_length)
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
             [
@@ -273,7 +277,10 @@ class KVCache:
 
 
 def _count_blocks(
-    spec: CacheSpec, num_blocks: int | Iterable[int] | None, memory: int | str | None
+    spec: CacheSpec,
+    num_blocks: int | Iterable[int] | None,
+    memory: int | str | None,
+    sequence_length: int | None,
 ) -> tuple[int, ...]:
     if (num_blocks is None) == (memory is None):
         raise InvalidArgument(
@@ -281,7 +288,11 @@ def _count_blocks(
             + ("neither" if memory is None else "both")
         )
     if memory is not None:
-        return spec.blocks_in(parse_bytes(memory))
+        return spec.blocks_in(parse_bytes(memory), sequence_length)
+    if sequence_length is not None:
+        raise InvalidArgument(
+            f"sequence_length: expected None with num_blocks, got {sequence_length}"
+        )
     if isinstance(num_blocks, Iterable):
         num_blocks = tuple(num_blocks)
     assert num_blocks is not None

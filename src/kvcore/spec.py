@@ -224,20 +224,51 @@ class CacheSpec:
             )
         return tuple(checks.integer(n, "num_blocks", 1) for n in num_blocks)
 
-    def blocks_in(self, nbytes: int) -> tuple[int, ...]:
-        """The most blocks a group that fit in `nbytes`, every group with room for as many tokens.
+    def blocks_in(self, nbytes: int, sequence_length: int | None = None) -> tuple[int, ...]:
+        """The most blocks of each group that fit in `nbytes`, every group with room for as much.
+
+        As much is as many tokens; or, with `sequence_length`, as many sequences of that many
+        tokens, which groups with a retention hold in fewer blocks: all of them while they grow by a
+        token a step, and one of them while a single step writes it.
 
         Raises:
             InvalidArgument: not even one block of each group fits.
         """
+        if sequence_length is not None:
+            checks.integer(sequence_length, "sequence_length", 1)
         span = max(group.block_size for group in self.groups)
-        spans = min(nbytes // (self.bytes_per_token * span), MAX_SLOTS // span)
-        if spans < 1:
+
+        def blocks_of(spans: int) -> tuple[int, ...]:
+            return tuple(_room(group, spans * span, sequence_length) for group in self.groups)
+
+        def fits(spans: int) -> bool:
+            counts = blocks_of(spans)
+            sizes = zip(counts, self.groups, strict=True)
+            return self.nbytes(counts) <= nbytes and all(
+                count <= MAX_SLOTS // group.block_size for count, group in sizes
+            )
+
+        if not fits(1):
             raise InvalidArgument(
-                f"memory: expected at least {self.bytes_per_token * span} bytes "
+                f"memory: expected at least {self.nbytes(blocks_of(1))} bytes "
                 f"(one block of {span} tokens), got {nbytes}"
             )
-        return tuple(spans * (span // group.block_size) for group in self.groups)
+        low, high = 1, 2
+        while fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return blocks_of(low)
+
+
+def _room(group: GroupSpec, num_tokens: int, sequence_length: int | None) -> int:
+    """Blocks for `num_tokens` tokens, all of sequences of `sequence_length` where that is given."""
+    columns = -(-num_tokens // group.block_size)
+    if sequence_length is None:
+        return columns
+    each, whole = group.blocks_for(sequence_length), -(-sequence_length // group.block_size)
+    return min(columns, -(-num_tokens * each // sequence_length) + whole - each)
 
 
 def _groups(groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
