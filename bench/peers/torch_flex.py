@@ -6,16 +6,25 @@ the padding unread.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import kvcore
 from bench.cases import Case
+from bench.machine import out_dir
 from bench.measure import Task
 from bench.peers import Peer, PeerAbsent, Workload
 from bench.peers.torch_caches import AttendTask, caches, padded_caches
+
+# What was compiled for one instruction set gives wrong answers under another, and the compiler's
+# own cache does not tell them apart.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(out_dir() / f"torch-compiled-{kvcore.get_isa()}")
+)
 
 
 def prepare(workload: Workload) -> dict[str, Task]:
