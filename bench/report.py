@@ -110,8 +110,9 @@ def best_peer_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def control_lines(costs: Iterable[Cost]) -> list[str]:
-    lines = [f"  {cost.us:>9.1f} us  {cost.name}" for cost in costs]
-    return ["What a call costs, Python included, one thread:", *lines] if lines else []
+    lines = [f"  {cost.python_us:>9.1f}{cost.c_us:>9.1f}  {cost.name}" for cost in costs]
+    head = f"  {'Python':>9}{'C alone':>9}"
+    return ["What a call costs in us, one thread:", head, *lines] if lines else []
 
 
 def write_json(

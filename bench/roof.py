@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +11,13 @@ from typing import Any
 import numpy as np
 
 import kvcore
-from bench.machine import affinity, l2_bytes, out_dir
+from bench.machine import affinity, l2_bytes
 from bench.measure import Timing
+from bench.probe import compile_probe
 
 SOURCE = Path(__file__).with_name("roof.c")
 L2_PASSES = 400
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-march=native", "-ffp-contract=fast", "-pthread")
 
 
 @dataclass(frozen=True)
@@ -89,26 +86,10 @@ class Roof:
 
 
 def _compile() -> ctypes.CDLL:
-    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS]
+    flags = list(FLAGS)
     if kvcore.get_isa() == "avx2":  # a limit is that of the instructions that may be used
-        command.append("-mno-avx512f")
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode()).hexdigest()[:12]
-    target = out_dir() / f"roof-{key}.so"
-    if not target.exists():
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        try:
-            subprocess.run(
-                [*command, str(SOURCE), "-o", str(unfinished)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        except FileNotFoundError as error:
-            raise RuntimeError(f"the bench needs a C compiler: {error}") from None
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{shlex.join(error.cmd)} failed:\n{error.stderr}") from None
-        unfinished.replace(target)
-    library = ctypes.CDLL(str(target))
+        flags.append("-mno-avx512f")
+    library = compile_probe(SOURCE, flags)
     library.roof_read.restype = library.roof_fma.restype = ctypes.c_double
     library.roof_read.argtypes = [
         ctypes.c_void_p,

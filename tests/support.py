@@ -53,8 +53,7 @@ def make_cache(num_blocks=16, *, poisoned=True, **spec):
 
 def stored(cache, layer):
     """The arrays [N, H, B, D] of a layer's K and V; bf16 as bfloat16."""
-    arrays = [blocks.array for blocks in cache._storage.layers[layer]]
-    return [a.view(BFLOAT16) if a.dtype == np.uint16 else a for a in arrays]
+    return [a.view(BFLOAT16) if a.dtype == np.uint16 else a for a in cache.blocks(layer)]
 
 
 def poison(cache, sequences=()):

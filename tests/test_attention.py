@@ -273,7 +273,7 @@ class TestWhatIsNotSeen:
         fill(cache, [a], [random_kv(rng, 20, cache.spec.layers[0])], [20])
         before = [bits(x).copy() for x in a.read(0)]
         poison(cache, [a])
-        for array in (blocks.array for blocks in cache._storage.layers[0]):
+        for array in cache.blocks(0):
             assert np.isfinite(array[:, 0, :, 0]).sum() == 20
         assert all(np.array_equal(bits(x), y) for x, y in zip(a.read(0), before, strict=True))
 

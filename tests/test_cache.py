@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 import kvcore
 from c_api import CCache, StatusError
 from strategies import specs
-from support import assert_balanced, assert_same_bits, grow, make_cache, snapshot, stored
+from support import (
+    append_all,
+    assert_balanced,
+    assert_same_bits,
+    grow,
+    make_cache,
+    random_q,
+    snapshot,
+    stored,
+)
 
 
 @pytest.fixture
@@ -127,6 +136,39 @@ class TestStats:
 def counts(cache):
     stats = cache.stats()
     return stats.in_use, stats.cached, stats.free
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("format", ["fp32", "fp16", "bf16"])
+    def test_are_what_the_operations_on_arrays_take(self, rng, format):
+        """Attention over a user's own block tables and the cache's blocks is the step's."""
+        cache = make_cache(12, head_dim_v=24, k_format=format, v_format=format)
+        sequences = [cache.sequence() for _ in range(3)]
+        grow(cache, [(s, 10 + 20 * i) for i, s in enumerate(sequences)], rng)
+        q = random_q(rng, 3, 4, 16)
+        with cache.step([(s, 1) for s in sequences]) as step:
+            append_all(step, rng)
+            expected = step.attend(0, q)
+            plan = step.plan()
+            tables = (plan.block_tables, plan.seq_lens, plan.query_starts)
+        out = kvcore.ops.paged_attention(q, *cache.blocks(0), *tables)
+        assert_same_bits(out, expected)
+
+    def test_are_views(self, rng):
+        """Another sequence's blocks, copied by hand, are its contents."""
+        cache = make_cache(8, num_layers=2)
+        a, b = cache.sequence(), cache.sequence()
+        grow(cache, [(a, 20), (b, 20)], rng)
+        for layer in range(2):
+            for array in cache.blocks(layer):
+                array[b.blocks()] = array[a.blocks()]
+            for copied, original in zip(b.read(layer), a.read(layer), strict=True):
+                assert_same_bits(copied, original)
+
+    def test_of_a_layer_that_reads_another(self):
+        cache = make_cache(2, num_layers=3, kv_sources={2: 0})
+        for view, source in zip(cache.blocks(2), cache.blocks(0), strict=True):
+            assert view is source
 
 
 def test_check_finds_books_that_do_not_balance():

@@ -130,6 +130,9 @@ BAD = [
     (TYPE, "tokens", lambda w: w.cache.sequence("a prompt")),
     (TYPE, "salt", lambda w: w.cache.sequence([1], salt=5)),
     # KVCache.step
+    (ARGUMENT, "layer", lambda w: w.cache.blocks(3)),
+    (ARGUMENT, "layer", lambda w: w.cache.blocks(-1)),
+    (TYPE, "layer", lambda w: w.cache.blocks(None)),
     (ARGUMENT, "entries", lambda w: w.cache.step([])),
     (TYPE, "entries", lambda w: w.cache.step(None)),
     (TYPE, "entries", lambda w: w.cache.step(w.a)),

@@ -178,5 +178,5 @@ def test_one_large_block_is_a_contiguous_cache(rng):
     a = cache.sequence()
     grow(cache, [(a, 300)], rng)
     block = a.blocks().item()
-    k_blocks = cache._storage.layers[0][0].array
+    k_blocks = cache.blocks(0)[0]
     np.testing.assert_array_equal(k_blocks[block, :, :300].transpose(1, 0, 2), a.read(0)[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -97,9 +96,7 @@ class ReadTask(Task):
 
     def __init__(self, roof: Roof, case: Case, cache: KVCache, cursor: Cursor) -> None:
         self._roof, self._cursor = roof, cursor
-        # kvcore has no public view of a layer's blocks; this stays the only look behind its face.
-        storage: Any = cache._storage
-        pairs = [[blocks.array for blocks in pair] for pair in storage.layers]
+        pairs = [cache.blocks(layer) for layer in range(cache.spec.num_layers)]
         elements = case.touched_tokens * case.num_kv_heads * case.head_dim
         self._layers = [[array.reshape(-1)[:elements] for array in pair] for pair in pairs]
         self._arrays = self._layers[0]

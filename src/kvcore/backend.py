@@ -67,6 +67,10 @@ class Backend(Protocol):
         """Runs the plan's copies in every layer of a group."""
         ...
 
+    def blocks(self, storage: Storage, layer: int) -> tuple[Any, Any]:
+        """K and V of a layer where they lie: [N, H, B, D] and [N, H, B, Dv]."""
+        ...
+
     def read(
         self, storage: Storage, layer: int, block_row: Any, start: int, stop: int
     ) -> tuple[Any, Any]:

@@ -207,6 +207,24 @@ class KVCache:
             raise
         return step
 
+    def blocks(self, layer: int) -> tuple[Any, Any]:
+        """Where K and V of a layer lie, for `ops` or to move blocks elsewhere.
+
+        Views, not copies. What is read from a block that no sequence holds means nothing, and what
+        is written to one that sequences hold changes what they hold, with every sequence that
+        shares it: `Sequence.blocks` says which they are. Nothing is checked, and no step waits.
+
+        Returns:
+            k [N, H, B, D] and v [N, H, B, Dv] in the dtype that the format is stored in, uint16
+            bits for bf16, as `ops.paged_attention` takes them. A layer that reads another's cache
+            gives that one's; with v_in_k, v is a part of k.
+
+        Raises:
+            InvalidArgument, InvalidType: there is no such layer.
+        """
+        last = self.spec.num_layers - 1
+        return self.backend.blocks(self._storage, checks.integer(layer, "layer", 0, last))
+
     def stats(self) -> CacheStats:
         """Blocks by state, bytes, prefix hits, evictions and copies."""
         groups = tuple(

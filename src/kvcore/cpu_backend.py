@@ -98,6 +98,10 @@ class CpuBackend:
         for blocks in storage.group_blocks[group]:
             attention.copy_blocks(plan, blocks)
 
+    def blocks(self, storage: CpuStorage, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        k_blocks, v_blocks = storage.layers[layer]
+        return k_blocks.array, v_blocks.array
+
     def read(
         self, storage: CpuStorage, layer: int, block_row: np.ndarray, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray]:
