@@ -40,6 +40,7 @@ def random_model(
     config = getattr(transformers, f"{family}Config")(**(sizes | changes))
     model_class = CLASSES.get(family, f"{family}ForCausalLM")
     config._attn_implementation = "eager"  # others ignore soft caps and sinks
+    config._experts_implementation = "eager"  # others have no float64
     torch.manual_seed(20)
     model = getattr(transformers, model_class)(config).float().eval()
     # Gemma's norms multiply by 1 + weight.

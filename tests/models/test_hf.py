@@ -107,6 +107,17 @@ def test_missing_tensor(tmp_path: Path) -> None:
         load(write(tmp_path, contents))
 
 
+def test_names_of_a_model_without_its_head(tmp_path: Path) -> None:
+    contents = tensors()
+    del contents["lm_head.weight"]
+    bare = {name.removeprefix("model."): tensor for name, tensor in contents.items()}
+    weights = load(write(tmp_path, bare, CONFIG | {"tie_word_embeddings": True})).decoder.weights
+    np.testing.assert_array_equal(weights.embedding, contents["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        weights.layers[1].down, contents["model.layers.1.mlp.down_proj.weight"]
+    )
+
+
 def test_wrong_shape_and_dtype(tmp_path: Path) -> None:
     contents = tensors()
     contents["model.norm.weight"] = np.ones(23, np.float32)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcore.models import load
+from kvcore.models import generate, load
 from tiny_models import LENGTH, SIZES, cached_logits, logits_of, random_model
 
 pytestmark = pytest.mark.oracle
+
+torch = pytest.importorskip("torch")
 
 GPT2_SIZES: dict[str, Any] = {
     "n_embd": 96,
@@ -143,6 +145,9 @@ def case_of(name: str) -> Any:
     return random_model(family, changes, sizes)
 
 
+WITH_WINDOWS = ["mistral", "gemma2", "gemma3", "gpt-oss", "phi3-window"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_at_every_position(case: str, tmp_path: Path) -> None:
     theirs = case_of(case)
@@ -156,3 +161,50 @@ def test_logits_at_every_position(case: str, tmp_path: Path) -> None:
     for chunks in ([LENGTH], [40, 7, 33]):
         cached = cached_logits(model, ids, chunks)
         np.testing.assert_allclose(cached, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gpt-oss", "deepseek-v3"])
+def test_errors_against_float64(case: str, tmp_path: Path) -> None:
+    theirs = case_of(case)
+    theirs.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    ids = np.random.default_rng(6).integers(0, 256, LENGTH)
+    rounding = np.abs(logits_of(theirs, ids) - (exact := logits_of(theirs.double(), ids))).max()
+    cached = cached_logits(model, ids, [40, 7, 33])
+    assert np.abs(cached - exact).max() < 3 * rounding
+
+
+@pytest.mark.parametrize("case", WITH_WINDOWS)
+def test_greedy_tokens(case: str, tmp_path: Path) -> None:
+    theirs = case_of(case)
+    theirs.save_pretrained(tmp_path)
+    prompt = np.arange(30)
+    expected = theirs.generate(
+        torch.from_numpy(prompt)[None], max_new_tokens=40, do_sample=False, eos_token_id=None
+    )[0].tolist()
+    options = {"block_size": 16, "k_format": "fp32", "v_format": "fp32"}
+    done = generate(load(tmp_path), [prompt.tolist()], max_tokens=40, ignore_eos=True, **options)
+    assert prompt.tolist() + done[0].tokens == expected
+
+
+@pytest.mark.parametrize("length", [64, 90])
+def test_long_rope_by_context(length: int, tmp_path: Path) -> None:
+    """transformers takes the short factors for a text up to the original context."""
+    theirs = case_of("phi3-longrope")
+    theirs.save_pretrained(tmp_path)
+    ids = np.random.default_rng(6).integers(0, 256, length)
+    model = load(tmp_path, max_context=length)
+    cached = cached_logits(model, ids, [length - 9])
+    np.testing.assert_allclose(cached, logits_of(theirs, ids), rtol=1e-5, atol=1e-4)
+
+
+def test_half_precision_norms_that_are_added_to_1(tmp_path: Path) -> None:
+    theirs = case_of("gemma2")
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    ids = np.arange(50)
+    expected = logits_of(theirs, ids)
+    theirs.bfloat16().save_pretrained(tmp_path)
+    got = load(tmp_path).decoder.forward_full(ids)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)

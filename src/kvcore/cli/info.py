@@ -15,12 +15,13 @@ from ..backend import get_backend, known_backends
 from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..models import registry
+from ..models.families import FAMILIES
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
-    """Tell version, backends, instruction sets, threads, formats and models."""
+    """Tell version, backends, instruction sets, threads, formats, families and models."""
     facts = gather()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
@@ -36,6 +37,7 @@ def info(as_json: bool) -> None:
     for name, form in facts["formats"].items():
         bits, more = form["element_bits"], form["row_metadata_bytes"]
         rows.append(("format", f"{name}: {bits} bits an element, {more} bytes more a row"))
+    rows.append(("families", " ".join(facts["families"])))
     rows += [("model", f"{name}: {text}") for name, text in facts["models"].items()]
     for name, text in rows:
         click.echo(f"{name:<9}{text}")
@@ -60,6 +62,7 @@ def gather() -> dict[str, Any]:
             }
             for name, form in FORMATS.items()
         },
+        "families": list(FAMILIES),
         "models": {name: _model_state(model) for name, model in registry.MODELS.items()},
     }
 
