@@ -199,6 +199,13 @@ def test_deepseek_v3(tmp_path: Path) -> None:
         ("deepseek_v3", "rope_interleave", {"rope_interleave": False}),
         ("deepseek_v3", "scoring_func", {"scoring_func": "softmax"}),
         ("deepseek_v3", "kv_lora_rank", {"kv_lora_rank": 0}),
+        ("deepseek_v3", "latent.q_rank", {"q_lora_rank": 0}),
+        ("deepseek_v3", "experts.first_layer", {"first_k_dense_replace": -1}),
+        (
+            "deepseek_v3",
+            "mscale",
+            {"rope_scaling": DEEPSEEK["rope_scaling"] | {"mscale": "1"}},
+        ),
         ("deepseek_v3", "experts.groups", {"n_group": 3}),
     ],
 )

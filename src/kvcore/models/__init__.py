@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvcore.models.completion import Completion, Metrics, TokenEvent
-from kvcore.models.config import ModelConfig
+from kvcore.models.config import ClampedSwiglu, Experts, LatentAttention, ModelConfig
 from kvcore.models.decoder import Decoder
 from kvcore.models.generation import generate, stream
 from kvcore.models.generator import Generator
@@ -15,11 +15,14 @@ from kvcore.models.tokenizer import Tokenizer, TokenStream
 from kvcore.models.weights import DecoderWeights, LayerWeights
 
 __all__ = [
+    "ClampedSwiglu",
     "Completion",
     "Decoder",
     "DecoderWeights",
+    "Experts",
     "FrequencyFactors",
     "Generator",
+    "LatentAttention",
     "LayerWeights",
     "LinearScaling",
     "Llama3Scaling",

@@ -45,6 +45,11 @@ class LatentAttention:
     rope_dim: int
     value_dim: int
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if (name, value) != ("q_rank", None):
+                _check_positive(f"latent.{name}", value)
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -83,6 +88,11 @@ class Experts:
     def __post_init__(self) -> None:
         for name in ("count", "per_token", "intermediate_size", "groups", "groups_per_token"):
             _check_positive(f"experts.{name}", getattr(self, name))
+        for name in ("first_layer", "shared_size"):
+            if getattr(self, name) < 0:
+                raise InvalidArgument(
+                    f"experts.{name}: at least 0 expected, got {getattr(self, name)}"
+                )
         if self.count % self.groups or self.groups_per_token > self.groups:
             raise InvalidArgument(
                 f"experts.groups: a divisor of count ({self.count}) that is at least "

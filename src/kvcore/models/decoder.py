@@ -190,9 +190,8 @@ class _Blocks:
         self._rows = rows
         self._norm = NORMS[config.norm]
         self.normed = rows.empty(config.hidden_size)
-        layers = range(config.num_layers)
-        plain = any(config.layer_experts(index) is None for index in layers)
-        self._mlp = _plain_mlp(config, rows) if plain else None
+        has_mlp = config.layer_experts(0) is None
+        self._mlp = _plain_mlp(config, rows) if has_mlp else None
         self._experts = ExpertLayer(config, rows) if config.experts else None
         self._mixed = rows.empty(config.hidden_size) if config.experts else None
 

@@ -57,8 +57,8 @@ def read_config(
         raise ModelFileError(
             f"{fields.file}: tensor token_embd.weight: expected, but it is missing"
         )
-    own_context = fields.positive(f"{arch}.context_length")
-    context = own_context if max_context is None else min(max_context, own_context)
+    context = fields.positive(f"{arch}.context_length")
+    context = min(context, max_context or context)
     hidden = fields.positive(f"{arch}.embedding_length")
     heads = fields.positive(f"{arch}.attention.head_count")
     head_dim = fields.positive(f"{arch}.attention.key_length", max(hidden // heads, 1))

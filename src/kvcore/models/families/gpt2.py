@@ -36,7 +36,7 @@ class Gpt2(Llama):
             "head_dim": hidden // heads,
             "intermediate_size": fields.positive("n_inner", 4 * hidden),
             "vocab_size": fields.positive("vocab_size", 50257),
-            "max_context": own_context if max_context is None else min(max_context, own_context),
+            "max_context": min(own_context, max_context or own_context),
             "norm_eps": fields.typed("layer_norm_epsilon", float, 1e-5),
             "rope": None,
             "learned_positions": own_context,

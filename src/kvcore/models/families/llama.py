@@ -63,8 +63,8 @@ class Llama:
         head_dim = fields.positive("head_dim", self.head_dim or max(hidden // heads, 1))
         bias = fields.typed("attention_bias", bool, False)
         layers = fields.positive("num_hidden_layers")
-        own_context = fields.positive("max_position_embeddings", self.max_context)
-        context = own_context if max_context is None else min(max_context, own_context)
+        context = fields.positive("max_position_embeddings", self.max_context)
+        context = min(context, max_context or context)
         return {
             "family": self.model_type,
             "num_layers": layers,
@@ -93,16 +93,16 @@ class Llama:
 
     def windows(self, fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         """The window of each layer, or a pattern of windows."""
-        types = fields.get("layer_types", self.layer_types(fields))
-        given = fields.get("layer_types") is not None
-        if not isinstance(types, list | tuple) or (given and len(types) != num_layers):
-            raise fields.error("layer_types", f"a list of {num_layers}", repr(types)[:80])
-        window = self.window(fields)
-        known = (FULL,) if window is None and not self.has_windows else (FULL, SLIDING)
+        listed = fields.get("layer_types")
+        types = self.layer_types(fields) if listed is None else listed
+        if listed is not None and (not isinstance(listed, list) or len(listed) != num_layers):
+            raise fields.error("layer_types", f"a list of {num_layers}", repr(listed)[:80])
+        known = (FULL, SLIDING) if self.has_windows else (FULL,)
         for layer_type in types:
             if layer_type not in known:
-                raise fields.error("layer_types", " or ".join(known), repr(layer_type))
-        if SLIDING in types and window is None and given:
+                raise fields.error("layer_types", " or ".join(known), repr(layer_type)[:80])
+        window = self.window(fields)
+        if listed is not None and SLIDING in listed and window is None:
             raise fields.error("sliding_window", "a positive integer", "nothing")
         return tuple(window if kind == SLIDING else None for kind in types)[:num_layers]
 

@@ -87,16 +87,14 @@ def _scaling(kind: str, factor: float, rope: Fields, fields: Fields) -> RopeScal
             high_freq_factor=rope.typed("high_freq_factor", float),
             original_context=original,
         )
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
-        attention_factor = yarn_attention_factor(factor, *scales)
+    scales = (rope.nullable(key, float, None) for key in ("mscale", "mscale_all_dim"))
+    attention_factor = rope.typed("attention_factor", float, yarn_attention_factor(factor, *scales))
     return YarnScaling(
         factor=factor,
         original_context=original,
         beta_fast=rope.typed("beta_fast", float, 32.0),
         beta_slow=rope.typed("beta_slow", float, 1.0),
-        attention_factor=float(attention_factor),
+        attention_factor=attention_factor,
         truncate=rope.typed("truncate", bool, True),
     )
 
