@@ -30,6 +30,15 @@ class ByteTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_model():
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def windowed_model():
+    return make_model(windows=(40, None))
+
+
+def make_model(**changes):
     config = ModelConfig(
         family="llama",
         num_layers=2,
@@ -42,6 +51,7 @@ def tiny_model():
         max_context=512,
         norm_eps=1e-5,
         rope=Rope(dim=8, theta=10_000.0),
+        **changes,
     )
     decoder = Model.random(config).decoder
     return Model(config, decoder, ByteTokenizer, source="tiny")

@@ -20,3 +20,10 @@ def test_the_demo_measures_what_it_prints(tiny_model, monkeypatch):
     rows = re.findall(r"^ +(\d+) +([\d.]+) ms +(\d+) ms", result.stdout, re.MULTILINE)
     assert [int(length) for length, *_ in rows] == [64, 128, 256, 512]
     assert re.search(r"A token reads 0 MB .* a token is [\d.]+ times that\.", result.stdout)
+
+
+def test_models_with_windows_are_measured_too(windowed_model, monkeypatch):
+    monkeypatch.setattr("kvcore.cli.demo.load", lambda *_args, **_options: windowed_model)
+    result = CliRunner().invoke(app, ["demo", "--max-tokens", "70"])
+    assert result.exit_code == 0, result.output
+    assert "the same tokens" in result.stdout

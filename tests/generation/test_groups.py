@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvcore
-from kvcore.errors import InvalidArgument, OutOfBlocks
+from kvcore.errors import InvalidArgument, OutOfBlocks, TokensReleased
 from kvcore.models import Model
 from kvcore.models.generation import blocks_for, generate
 from kvcore.models.generator import Generator
@@ -133,4 +133,24 @@ def test_a_cache_that_keeps_too_little_is_refused(model):
         spec = kvcore.CacheSpec(**shape, groups=groups, layer_groups=owners)
         with pytest.raises(InvalidArgument, match=f"cache.*{message}"):
             Generator(model, kvcore.KVCache(spec, num_blocks=8))
-    Generator(model, make_cache(model, 8, keep_all=True)).close()
+    all_kept = kvcore.CacheSpec(**shape, groups=[kvcore.GroupSpec(BLOCK)] * 2, layer_groups=owners)
+    Generator(model, kvcore.KVCache(all_kept, num_blocks=8)).close()
+
+
+def test_slack_is_for_texts_that_go_back(model):
+    tokens = prompts_of(90)[0]
+    for slack, goes_back in ((0, False), (12, True)):
+        cache = make_cache(model, 8, slack=slack)
+        sequence = cache.sequence()
+        for start in (0, 80):
+            with cache.step([(sequence, tokens[start : start + 80])]) as step:
+                model.decoder.forward(step, tokens[start : start + 80])
+        if not goes_back:
+            with pytest.raises(TokensReleased):
+                sequence.truncate(78)
+            continue
+        sequence.truncate(78)
+        with cache.step([(sequence, 12)]) as step:
+            again = model.decoder.forward(step, tokens[78:])
+        expected = model.decoder.forward_full(tokens, logits="last")
+        np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-4)

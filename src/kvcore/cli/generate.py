@@ -137,11 +137,12 @@ def _prompt(text: str, options: dict[str, Any]) -> Prompt:
 def _make_cache(model: Model, prompt_lengths: list[int], options: dict[str, Any]) -> KVCache:
     spec = model.cache_spec(options["block_size"], options["k_format"], options["v_format"])
     backend = options["backend"]
+    lengths = [text_length(model, n, options["max_tokens"]) for n in prompt_lengths]
     if options["memory"] is not None:
-        return KVCache(spec, memory=options["memory"], backend=backend)
+        longest = max(lengths)
+        return KVCache(spec, memory=options["memory"], sequence_length=longest, backend=backend)
     num_blocks = options["num_blocks"]
     if num_blocks is None:
-        lengths = [text_length(model, n, options["max_tokens"]) for n in prompt_lengths]
         batch, budget = (max(options[name], 1) for name in ("max_batch", "prefill_budget"))
         num_blocks = blocks_for(spec, lengths, batch, budget)
     return KVCache(spec, num_blocks=num_blocks, backend=backend)

@@ -85,14 +85,16 @@ class Model:
         k_format: str = "bf16",
         v_format: str = "bf16",
         *,
-        keep_all: bool = False,
+        slack: int = 0,
     ) -> CacheSpec:
         """The cache that this model's decoder writes to.
 
         Layers of the same window form a group, which keeps no more tokens than they see.
 
         Args:
-            keep_all: keep them all, so that texts can be truncated and forked anywhere.
+            block_size, k_format, v_format: as in `CacheSpec`.
+            slack: tokens that these groups keep beyond that, for texts that are truncated by as
+                many.
         """
         config = self.config
         # Layers that see all tokens come first.
@@ -104,7 +106,7 @@ class Model:
             head_dim=config.head_dim,
             v_in_k=None if latent is None else latent.kv_rank,
             groups=[
-                GroupSpec(block_size, retention=None if keep_all else window or None)
+                GroupSpec(block_size, window, slack) if window else GroupSpec(block_size)
                 for window in windows
             ],
             layer_groups=[windows.index(config.window(i) or 0) for i in range(config.num_layers)],
