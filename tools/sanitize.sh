@@ -5,7 +5,8 @@
 set -eu
 python=$1
 cc=${CC:-cc}
-tests="tests/core tests/test_control_plane.py tests/test_plan.py tests/test_threads.py"
+tests="tests/core tests/test_control_plane.py tests/test_plan.py tests/test_retention.py"
+tests="$tests tests/test_threads.py"
 
 sanitize() { # NAME FLAG RUNTIME
     echo "the core under -fsanitize=$2"
