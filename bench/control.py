@@ -62,7 +62,7 @@ def run(repeats: int = 300) -> list[Cost]:
             *_single_calls(probe, repeats),
         ]
     finally:
-        kvcore.set_num_threads(threads)
+        kvcore.set_num_threads(threads, oversubscribe=True)
 
 
 class _Probe:

@@ -22,13 +22,13 @@ FORMAT_DTYPES = {
 
 @contextlib.contextmanager
 def machine(isa=None, num_threads=None):
-    """Runs the body on one ISA and number of threads."""
+    """Runs the body on one ISA and number of threads, more than there are CPUs if need be."""
     before = kvcore.get_isa()
     try:
         if isa is not None:
             kvcore.set_isa(isa)
         if num_threads is not None:
-            kvcore.set_num_threads(num_threads)
+            kvcore.set_num_threads(num_threads, oversubscribe=True)
         yield
     finally:
         kvcore.set_isa(before)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_the_number_may_change_while_others_work():
             n = 0
             while not stop.is_set():
                 n = n % 6 + 1
-                kvcore.set_num_threads(n)
+                kvcore.set_num_threads(n, oversubscribe=True)
 
         def work():
             try:
@@ -157,15 +158,41 @@ def test_the_gil_is_released_while_the_core_works():
     assert counted["during"] > 100_000
 
 
+def test_inside_anothers_pool():
+    """Work that a pool of threads shares out calls operations that share out theirs."""
+    with machine(num_threads=1):
+        expected = [decode(seed, steps=5) for seed in range(6)]
+    with machine(num_threads=3), ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda seed: decode(seed, steps=5), range(6), timeout=LONG))
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same_bits(result, wanted)
+
+
 def test_get_and_set():
+    usable = kvcore.get_num_threads()  # as KVCORE_NUM_THREADS is not set
     try:
         for n in (1, 3, 256):
-            kvcore.set_num_threads(n)
+            kvcore.set_num_threads(n, oversubscribe=True)
             assert kvcore.get_num_threads() == n
+            kvcore.set_num_threads(n)
+            assert kvcore.get_num_threads() == min(n, usable)
         kvcore.set_num_threads(0)
-        assert 1 <= kvcore.get_num_threads() <= os.cpu_count()
+        assert kvcore.get_num_threads() == usable <= os.cpu_count()
     finally:
         kvcore.set_num_threads(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_no_more_threads_than_the_process_may_use():
+    code = """
+    import os
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    import kvcore
+    for more in ({}, {"oversubscribe": True}):
+        kvcore.set_num_threads(5, **more)
+        print(kvcore.get_num_threads())
+    """
+    assert run_python(code).split() == ["1", "5"]
 
 
 def run_python(code, **environment):
@@ -207,7 +234,7 @@ def test_a_forked_child_goes_on(busy):
         PROGRAM
         + """
     import threading
-    kvcore.set_num_threads(4)
+    kvcore.set_num_threads(4, oversubscribe=True)
     attend(500)
     stop = threading.Event()
     other = kvcore.KVCache(spec, num_blocks=40)
@@ -247,7 +274,7 @@ def test_a_forked_child_goes_on(busy):
 def test_a_program_ends(ending):
     """With workers asleep, a step open and sequences alive."""
     code = f"""
-    kvcore.set_num_threads(4)
+    kvcore.set_num_threads(4, oversubscribe=True)
     attend(500)
     step = cache.step([(a, 5)])
     b = cache.sequence()

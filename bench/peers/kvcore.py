@@ -16,7 +16,7 @@ from kvcore import KVCache, Sequence, set_num_threads
 
 def prepare(workload: Workload, roof: Roof) -> dict[str, Task]:
     """The tasks "kvcore" and "roof", and "kvcore-private" for a case that shares tokens."""
-    set_num_threads(workload.num_threads)
+    set_num_threads(workload.num_threads, oversubscribe=True)
     case, cache = workload.case, _new_cache(workload)
     cursor = Cursor(workload.num_layers)
     if case.kind == "append":

@@ -11,13 +11,17 @@ from kvcore.errors import InvalidArgument, UnsupportedError
 MAX_THREADS = 256
 
 
-def set_num_threads(count: int) -> None:
+def set_num_threads(count: int, *, oversubscribe: bool = False) -> None:
     """Threads of every operation on the CPU, the caller included; 0 restores the default.
 
     The default is what the process may use (affinity, cgroup quota), or KVCORE_NUM_THREADS where
-    that is lower. Results do not depend on the number.
+    that is lower. More than the process may use is cut down to that, unless `oversubscribe`, which
+    is for tests and only costs time. Results do not depend on the number.
     """
-    _machine.set_num_threads(checks.integer(count, "count", 0, MAX_THREADS))
+    _machine.set_num_threads(
+        checks.integer(count, "count", 0, MAX_THREADS),
+        bool(oversubscribe),
+    )
 
 
 def get_num_threads() -> int:

@@ -225,12 +225,12 @@ static void check_threads(problem *p) {
     void *single = allocate(nbytes);
     memcpy(single, p->out.data, nbytes);
     for (int32_t threads = 2; threads <= 5; threads++) {
-        kv_set_num_threads(threads);
+        kv_set_num_threads(threads, 1);
         memset(p->out.data, 0, nbytes);
         run_attend(p);
         CHECK(memcmp(single, p->out.data, nbytes) == 0, "%d threads: other bits", threads);
     }
-    kv_set_num_threads(1);
+    kv_set_num_threads(1, 1);
     free(single);
 }
 
@@ -252,7 +252,7 @@ static void check_linear(void) {
     float *x = random_floats(ROWS * INPUTS), *w = random_floats(OUTPUTS * INPUTS);
     float *bias = random_floats(OUTPUTS), *y = random_floats(ROWS * OUTPUTS);
     float *alone = random_floats(OUTPUTS);
-    kv_set_num_threads(3);
+    kv_set_num_threads(3, 1);
     CHECK(kv_linear(x, INPUTS, w, INPUTS, bias, y, OUTPUTS, ROWS, OUTPUTS, INPUTS) == KV_OK,
           "kv_linear");
     for (int r = 0; r < ROWS; r++) {
@@ -268,7 +268,7 @@ static void check_linear(void) {
                   "linear %d %d: %g not %g", r, n, y[r * OUTPUTS + n], exact);
         }
     }
-    kv_set_num_threads(1);
+    kv_set_num_threads(1, 1);
     free(x);
     free(w);
     free(bias);
@@ -337,14 +337,14 @@ static void check_two_callers(void) {
     pthread_t other;
     problem a = make_problem(&shapes[1], KV_FORMAT_BF16);
     problem b = make_problem(&shapes[0], KV_FORMAT_FP32);
-    kv_set_num_threads(3);
+    kv_set_num_threads(3, 1);
     if (pthread_create(&other, NULL, attend_often, &a) != 0)
         exit(2);
     attend_often(&b);
     pthread_join(other, NULL);
     check_problem(&a);
     check_problem(&b);
-    kv_set_num_threads(1);
+    kv_set_num_threads(1, 1);
     free_problem(&a);
     free_problem(&b);
 }
@@ -352,7 +352,7 @@ static void check_two_callers(void) {
 int main(void) {
     for (const char *const *isa = kv_available_isas(); *isa; isa++) {
         CHECK(kv_set_isa(*isa) == KV_OK && strcmp(kv_get_isa(), *isa) == 0, "%s", *isa);
-        kv_set_num_threads(1);
+        kv_set_num_threads(1, 1);
         check_attention();
         check_linear();
         check_merge();

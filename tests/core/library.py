@@ -118,7 +118,7 @@ lib.kv_blocks_nbytes.restype = i64
 lib.kv_memory_allocate.argtypes = [ct.c_size_t, ct.POINTER(ptr)]
 lib.kv_memory_free.argtypes = [ptr, ct.c_size_t]
 lib.kv_memory_free.restype = None
-lib.kv_set_num_threads.argtypes = [i32]
+lib.kv_set_num_threads.argtypes = [i32, i32]
 lib.kv_get_num_threads.restype = i32
 lib.kv_set_isa.argtypes = [ct.c_char_p]
 lib.kv_get_isa.restype = ct.c_char_p
@@ -141,12 +141,12 @@ def machine(isa: str, threads: int = 1) -> Iterator[None]:
     """Runs the body on one ISA and number of threads."""
     before = lib.kv_get_isa()
     assert lib.kv_set_isa(isa.encode()) == OK
-    assert lib.kv_set_num_threads(threads) == OK
+    assert lib.kv_set_num_threads(threads, 1) == OK
     try:
         yield
     finally:
         lib.kv_set_isa(before)
-        lib.kv_set_num_threads(0)
+        lib.kv_set_num_threads(0, 0)
 
 
 def address(array: np.ndarray | None) -> int | None:

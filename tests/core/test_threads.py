@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ HERE = Path(__file__).parent
 
 def run_python(code: str, **environment: str) -> str:
     """Runs a program that has the library as `lib`; a hang fails."""
-    env = {**os.environ, **environment, "PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, **environment, "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", f"from core.library import *\n{code}"],
         env=env,
@@ -46,12 +48,15 @@ def test_thread_counts() -> None:
     default = lib.kv_get_num_threads()
     assert 1 <= default <= len(os.sched_getaffinity(0))
     for count in (1, 5, 256):
-        assert lib.kv_set_num_threads(count) == OK
+        assert lib.kv_set_num_threads(count, 0) == OK
+        assert lib.kv_get_num_threads() <= len(os.sched_getaffinity(0))
+        assert lib.kv_set_num_threads(count, 1) == OK
         assert lib.kv_get_num_threads() == count
     for count in (-1, 257):
-        assert lib.kv_set_num_threads(count) == RANGE
+        for oversubscribe in (0, 1):
+            assert lib.kv_set_num_threads(count, oversubscribe) == RANGE
     assert lib.kv_get_num_threads() == 256
-    assert lib.kv_set_num_threads(0) == OK
+    assert lib.kv_set_num_threads(0, 0) == OK
     assert lib.kv_get_num_threads() == default
 
 
@@ -61,9 +66,15 @@ def test_environment_lowers_the_default(value: str, count: int | None) -> None:
     assert run_python("print(lib.kv_get_num_threads())", KVCORE_NUM_THREADS=value) == str(expected)
 
 
-def test_affinity_sets_the_default() -> None:
-    code = "os.sched_setaffinity(0, {0}); print(lib.kv_get_num_threads())"
-    assert run_python(code, KVCORE_NUM_THREADS="") == "1"
+def test_affinity_is_the_default_and_the_limit() -> None:
+    code = """
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for oversubscribe in (0, 1):
+    print(lib.kv_get_num_threads())
+    lib.kv_set_num_threads(5, oversubscribe)
+print(lib.kv_get_num_threads())
+"""
+    assert run_python(code, KVCORE_NUM_THREADS="").split() == ["1", "1", "5"]
 
 
 def test_isas_and_features() -> None:
@@ -121,11 +132,44 @@ def test_two_callers_at_once() -> None:
     assert len(results) == 150 and len(set(results)) == 1
 
 
+def seconds_of_linear(x: np.ndarray, w: np.ndarray) -> float:
+    y = np.empty((len(x), len(w)), np.float32)
+    inputs, outputs = w.shape[1], w.shape[0]
+    start = time.perf_counter()
+    lib.kv_linear(
+        x.ctypes.data, inputs, w.ctypes.data, inputs, None, y.ctypes.data, outputs,
+        len(x), outputs, inputs,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    assert (y == inputs).all()
+    return seconds
+
+
+def test_a_busy_pool_keeps_nobody_waiting() -> None:
+    """While one caller has the pool for a long call, another's short ones run at once."""
+    long = np.ones((400, 2048), np.float32), np.ones((4096, 2048), np.float32)
+    short = np.ones((4, 512), np.float32), np.ones((2048, 512), np.float32)
+
+    def longest_beside_a_long_one() -> float:
+        holder = threading.Thread(target=seconds_of_linear, args=long)
+        holder.start()
+        longest = 0.0
+        while holder.is_alive():
+            longest = max(longest, seconds_of_linear(*short))
+        return longest
+
+    with machine(lib.kv_get_isa().decode(), 2):
+        alone = min(seconds_of_linear(*long) for _ in range(2))
+        # One that waited would take about as long as the other, every time; one that did not is
+        # now and then held up by the system.
+        assert any(longest_beside_a_long_one() < alone / 2 for _ in range(5))
+
+
 def test_fork_and_exit() -> None:
     code = (
         WORK
         + """
-lib.kv_set_num_threads(4)
+lib.kv_set_num_threads(4, 1)
 work()
 for _ in range(20):
     child = os.fork()
@@ -145,7 +189,7 @@ def test_thread_count_changes_between_calls() -> None:
         WORK
         + """
 for count in (1, 8, 2, 16, 3, 1, 64):
-    lib.kv_set_num_threads(count)
+    lib.kv_set_num_threads(count, 1)
     for _ in range(5):
         work()
 print("done")

@@ -23,7 +23,7 @@ def restore_threads():
 
 @given(count=st.integers(1, 5000), smallest=st.integers(1, 600), threads=st.integers(1, 8))
 def test_cut_covers_everything_in_order(count, smallest, threads):
-    kvcore.set_num_threads(threads)
+    kvcore.set_num_threads(threads, oversubscribe=True)
     parts = parallel.cut(count, smallest)
     covered = [i for part in parts for i in range(part.start, part.stop)]
     assert covered == list(range(count))
@@ -33,7 +33,7 @@ def test_cut_covers_everything_in_order(count, smallest, threads):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_part_is_done_once(threads):
-    kvcore.set_num_threads(threads)
+    kvcore.set_num_threads(threads, oversubscribe=True)
     done = np.zeros(100, int)
     names = set()
 
@@ -49,7 +49,7 @@ def test_every_part_is_done_once(threads):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_waits_for_the_others(failing):
-    kvcore.set_num_threads(2)
+    kvcore.set_num_threads(2, oversubscribe=True)
     parts = parallel.cut(2, 1)
     finished = []
 
@@ -66,7 +66,7 @@ def test_an_error_waits_for_the_others(failing):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of threads, from 3.12 on
 def test_works_in_a_fork():
-    kvcore.set_num_threads(2)
+    kvcore.set_num_threads(2, oversubscribe=True)
     parallel.for_each(lambda part: None, parallel.cut(2, 1))
     pid = os.fork()
     if pid == 0:

@@ -176,7 +176,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
                         int32_t num_outputs, int32_t num_inputs)
 
     # ---- the machine
-    kv_status kv_set_num_threads(int32_t num_threads)
+    kv_status kv_set_num_threads(int32_t num_threads, int32_t oversubscribe)
     int32_t kv_get_num_threads()
     const char *kv_get_isa()
     kv_status kv_set_isa(const char *name)

@@ -16,8 +16,8 @@ def version():
     return kv_version().decode()
 
 
-def set_num_threads(int count):
-    check(kv_set_num_threads(count))
+def set_num_threads(int count, bint oversubscribe):
+    check(kv_set_num_threads(count, oversubscribe))
 
 
 def get_num_threads():

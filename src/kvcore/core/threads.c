@@ -59,10 +59,12 @@ static void find_limits(void) {
     }
 }
 
-kv_status kv_set_num_threads(int32_t count) {
+kv_status kv_set_num_threads(int32_t count, int32_t oversubscribe) {
     if (count < 0 || count > KV_MAX_THREADS)
         return KV_ERR_RANGE;
-    atomic_store(&num_threads, count);
+    pthread_once(&limits_once, find_limits);
+    const int32_t limit = oversubscribe ? KV_MAX_THREADS : usable_cpus;
+    atomic_store(&num_threads, count < limit ? count : limit);
     return KV_OK;
 }
 

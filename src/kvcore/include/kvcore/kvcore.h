@@ -325,9 +325,10 @@ KV_API kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int
 /* ---- the machine ----------------------------------------------------------------------------- */
 
 /* Threads of every data-plane call, the caller included, at most 256. The default is what the
- * process may use (affinity and cgroup quota), or KVCORE_NUM_THREADS where that is lower. A number
- * set here is taken as it is, so that tests may oversubscribe; 0 restores the default. */
-KV_API kv_status kv_set_num_threads(int32_t num_threads);
+ * process may use (affinity and cgroup quota, as the first call that asks finds them), or
+ * KVCORE_NUM_THREADS where that is lower. More than the process may use is cut down to that, unless
+ * oversubscribe is not 0; kv_get_num_threads tells what came of it. 0 restores the default. */
+KV_API kv_status kv_set_num_threads(int32_t num_threads, int32_t oversubscribe);
 KV_API int32_t kv_get_num_threads(void);
 
 /* "scalar", "avx2", "avx512", "neon": chosen once from CPUID and the OS's state, or by KVCORE_ISA.
