@@ -103,14 +103,14 @@ def test_a_cached_prefix_is_found_in_every_group(model):
 
 
 def test_a_request_joins_only_where_every_group_has_room(model):
-    cache = make_cache(model, [20, 5])
-    scheduler = Scheduler(cache, prefill_budget=16)
-    for prompt in prompts_of(40, 40):
-        scheduler.add(Request(prompt, max_length=50))
-    # Each takes 3 blocks of either group in the end, and 3 and 3 are more than 5.
-    assert [work.tokens.size for work in scheduler.schedule()] == [16]
-    assert len(scheduler.waiting) == 1
-    scheduler.clear()
+    for num_blocks, admitted in (([20, 6], 2), ([20, 5], 1), ([5, 20], 1)):
+        scheduler = Scheduler(make_cache(model, num_blocks), prefill_budget=100)
+        for prompt in prompts_of(40, 40):
+            scheduler.add(Request(prompt, max_length=50))
+        # Each takes 3 blocks of either group.
+        assert [work.tokens.size for work in scheduler.schedule()] == [40] * admitted
+        assert len(scheduler.waiting) == 2 - admitted
+        scheduler.clear()
 
 
 def test_a_text_that_never_fits_a_group_is_refused(model):
