@@ -77,7 +77,7 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
     }
-    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, t->panels);
+    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, call->k->format, t->panels);
 }
 
 void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32_t split,

@@ -11,15 +11,22 @@ enum {
 };
 
 /* The run that is read about KV_AHEAD_BYTES after the one at hand. Where a kernel loads byte b of
- * token t it asks for byte b of token t there, so that memory works as evenly as arithmetic. */
+ * token t it asks for byte b of token t there, so that memory works as evenly as arithmetic. With the
+ * run at hand itself there is nothing ahead: that costs little, and needs no branch. */
 typedef struct kv_ahead {
     const char *rows;
     int64_t stride;
 } kv_ahead;
 
-/* The run at hand: asking again for what is being read costs little and needs no branch. */
-KV_INLINE kv_ahead kv_nothing_ahead(const kv_run *run) {
-    return (kv_ahead){run->rows, run->stride};
+KV_INLINE kv_ahead kv_ahead_of(const kv_run *run) { return (kv_ahead){run->rows, run->stride}; }
+
+/* Lanes of a row of K or V, in the order that is cheapest to load: kv_load_bf16_swapped. */
+KV_INLINE kv_vec kv_load_lanes(kv_format format, const char *row, int64_t at, int n) {
+    if (format != KV_FORMAT_BF16)
+        return kv_load_elements(format, row, at, n);
+    const uint16_t *half = (const uint16_t *)row + at;
+    return n == KV_LANES ? kv_load_bf16_swapped(half)
+                         : kv_swap_middle(kv_load_bf16_partial(half, n));
 }
 
 KV_INLINE int kv_element_bytes(kv_format format) { return format == KV_FORMAT_FP32 ? 4 : 2; }
@@ -69,19 +76,23 @@ KV_INLINE uint32_t kv_seen_by_any(const kv_split_task *task, int32_t row, int32_
 /* ---- scores ---------------------------------------------------------------------------------- */
 
 /* A group's queries vector by vector, [q_width / KV_LANES][rows][KV_LANES], so that one address
- * serves all its rows. */
+ * serves all its rows; for bf16 in the order of its lanes. */
 KV_INLINE void kv_pack_group(const float *q, int32_t row, int num_rows, int32_t q_width,
-                             float *panels) {
+                             kv_format format, float *panels) {
     q += (int64_t)row * q_width;
     panels += (int64_t)row * q_width;
     for (int32_t d = 0; d < q_width; d += KV_LANES, panels += num_rows * KV_LANES)
         KV_UNROLL
-    for (int r = 0; r < num_rows; r++)
-        kv_store(panels + r * KV_LANES, kv_load(q + r * q_width + d));
+    for (int r = 0; r < num_rows; r++) {
+        const kv_vec x = kv_load(q + r * q_width + d);
+        kv_store(panels + r * KV_LANES, format == KV_FORMAT_BF16 ? kv_swap_middle(x) : x);
+    }
 }
 
-static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, float *panels) {
-    KV_ROW_GROUPS(8, num_rows, kv_pack_group(q, row, rows, q_width, panels));
+static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, kv_format format,
+                            float *panels) {
+    const kv_format as = num_rows >= KV_DECODE_ROWS ? KV_FORMAT_FP32 : format;
+    KV_ROW_GROUPS(8, num_rows, kv_pack_group(q, row, rows, q_width, as, panels));
 }
 
 /* One vector of dims of num_rows queries and num_tokens keys: sum[r * stride + t] += q_r k_t. */
@@ -90,7 +101,7 @@ KV_INLINE void kv_score_dims(kv_format format, int num_rows, int num_tokens, int
     q += (int64_t)d * num_rows;
     KV_UNROLL
     for (int t = 0; t < num_tokens; t++) {
-        const kv_vec y = kv_load_elements(format, k[t], d, n);
+        const kv_vec y = kv_load_lanes(format, k[t], d, n);
         KV_UNROLL
         for (int r = 0; r < num_rows; r++)
             sum[r * stride + t] = kv_fma(kv_load(q + r * KV_LANES), y, sum[r * stride + t]);
@@ -149,7 +160,8 @@ KV_INLINE void kv_score_tokens(kv_format format, int num_rows, const float *q, c
     }
     KV_UNROLL
     for (int i = 0; i < KV_ACCUMULATORS; i += KV_LANES)
-        kv_store(folded + i, kv_fold(sum + i));
+        kv_store(folded + i,
+                 format == KV_FORMAT_BF16 ? kv_fold_swapped(sum + i) : kv_fold(sum + i));
     KV_UNROLL
     for (int r = 0; r < num_rows; r++)
         memcpy(scores + r * KV_SPLIT + t, folded + r * num_tokens,
@@ -178,22 +190,6 @@ KV_INLINE void kv_score_run(const kv_split_task *task, kv_format format, const k
 
 /* ---- values ---------------------------------------------------------------------------------- */
 
-/* num_vectors vectors of V from `at` on, `n` lanes of the last. Of a pair of bf16 vectors the first
- * holds the even dims and the second the odd ones: a sum of values does not care, and two
- * operations a vector become one. kv_settle_values puts them in order. */
-KV_INLINE void kv_load_values(kv_format format, const char *at, int num_vectors, int n, kv_vec *y) {
-    KV_UNROLL
-    for (int i = 0; i < num_vectors; i += 2) {
-        if (format == KV_FORMAT_BF16 && num_vectors > 1) {
-            kv_load_bf16_pairs((const uint16_t *)at + i * KV_LANES, y + i, y + i + 1);
-            continue;
-        }
-        y[i] = kv_load_elements(format, at, i * KV_LANES, n);
-        if (i + 1 < num_vectors)
-            y[i + 1] = kv_load_elements(format, at, (i + 1) * KV_LANES, n);
-    }
-}
-
 /* num_vectors vectors of dims from d on: o_r += p_r[t] v[t], tokens in order. `n` is the lanes that
  * exist of the last vector. */
 KV_INLINE void kv_value_tile(kv_format format, int num_rows, int num_vectors, const float *p,
@@ -211,7 +207,9 @@ KV_INLINE void kv_value_tile(kv_format format, int num_rows, int num_vectors, co
         KV_UNROLL
         for (int b = 0; b < bytes; b += KV_LINE_BYTES)
             kv_prefetch(at + b);
-        kv_load_values(format, row, num_vectors, n, y);
+        KV_UNROLL
+        for (int i = 0; i < num_vectors; i++)
+            y[i] = kv_load_lanes(format, row, i * KV_LANES, n);
         KV_UNROLL
         for (int r = 0; r < num_rows; r++) {
             const kv_vec x = kv_broadcast(p[r * KV_SPLIT + t]);
@@ -271,23 +269,16 @@ KV_INLINE void kv_value_group(const kv_split_task *task, kv_format format, const
     }
 }
 
-/* At most half as many rows as sums, so that V is taken two vectors at a time. */
 KV_INLINE void kv_value_run(const kv_split_task *task, kv_format format, const kv_run *run,
                             int32_t start, kv_ahead ahead) {
     KV_ROW_GROUPS(KV_ACCUMULATORS / 2, task->num_rows,
                   kv_value_group(task, format, run, start, row, rows, ahead));
 }
 
-/* Puts the dims of o in order, of which kv_load_values took even and odd ones apart. */
-static void kv_settle_values(const kv_split_task *task) {
-    for (int32_t r = 0; r < task->num_rows; r++) {
-        float *o = task->out.o + (int64_t)r * task->o_width;
-        for (int32_t d = 0; d + 2 * KV_LANES <= task->head_dim_v; d += 2 * KV_LANES) {
-            const kv_vec even = kv_load(o + d), odd = kv_load(o + d + KV_LANES);
-            kv_store(o + d, kv_zip_low(even, odd));
-            kv_store(o + d + KV_LANES, kv_zip_high(even, odd));
-        }
-    }
+/* Puts the dims of o in order, which were summed as kv_load_lanes has them. */
+static void kv_order_values(const kv_split_task *task) {
+    for (int32_t i = 0; i < task->num_rows * task->o_width; i += KV_LANES)
+        kv_store(task->out.o + i, kv_swap_middle(kv_load(task->out.o + i)));
 }
 
 /* ---- one split ------------------------------------------------------------------------------- */
@@ -296,16 +287,12 @@ static void kv_settle_values(const kv_split_task *task) {
  * row sees is not asked for. */
 KV_INLINE kv_ahead kv_run_ahead(const kv_split_task *task, const kv_run *at_hand, int32_t i) {
     const kv_split_runs *runs = task->runs, *next = task->next;
-    const int32_t n = runs->num_runs;
-    if (i >= 2 * n + next->num_runs)
-        return kv_nothing_ahead(at_hand);
+    const int32_t n = runs->num_runs, start = runs->start + i % n * runs->k[0].count;
     if (i >= 2 * n)
-        return kv_nothing_ahead(&next->k[i - 2 * n]);
-    const kv_run *run = i < n ? &runs->k[i] : &runs->v[i - n];
-    const int32_t start = runs->start + i % n * runs->k[0].count;
-    if (task->seen && !kv_seen_by_any(task, 0, task->num_rows, start, run->count))
-        return kv_nothing_ahead(at_hand);
-    return kv_nothing_ahead(run);
+        return kv_ahead_of(i < 2 * n + next->num_runs ? &next->k[i - 2 * n] : at_hand);
+    if (task->seen && !kv_seen_by_any(task, 0, task->num_rows, start, runs->k[i % n].count))
+        return kv_ahead_of(at_hand);
+    return kv_ahead_of(i < n ? &runs->k[i] : &runs->v[i - n]);
 }
 
 /* How many runs lie between what is computed and what is fetched. */
@@ -328,25 +315,25 @@ KV_INLINE kv_run kv_decode_run(const kv_split_task *task, kv_format format, cons
 }
 
 /* run_function over the runs of K or of V that any row sees; the others are not read. */
-#define KV_RUNS(task, runs_of, first, format_of, dim, width, run_function)                   \
-    const int32_t distance = (first) + kv_ahead_distance(task);                              \
-    const int decode = (format_of) != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;    \
-    int32_t start = task->runs->start;                                                       \
-    for (int32_t i = 0; i < task->runs->num_runs; start += (runs_of)[i++].count) {           \
-        const kv_run *run = &(runs_of)[i];                                                   \
-        if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))                     \
-            continue;                                                                        \
-        const kv_ahead ahead = kv_run_ahead(task, run, i + distance);                        \
-        if (decode) {                                                                        \
-            const kv_run decoded = kv_decode_run(task, format_of, run, dim, width, ahead);   \
-            run_function(task, KV_FORMAT_FP32, &decoded, start, kv_nothing_ahead(&decoded)); \
-        } else if ((format_of) == KV_FORMAT_FP16) {                                          \
-            run_function(task, KV_FORMAT_FP16, run, start, ahead);                           \
-        } else if ((format_of) == KV_FORMAT_BF16) {                                          \
-            run_function(task, KV_FORMAT_BF16, run, start, ahead);                           \
-        } else {                                                                             \
-            run_function(task, KV_FORMAT_FP32, run, start, ahead);                           \
-        }                                                                                    \
+#define KV_RUNS(task, runs_of, first, format_of, dim, width, run_function)                 \
+    const int32_t distance = (first) + kv_ahead_distance(task);                            \
+    const int decode = (format_of) != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;  \
+    int32_t start = task->runs->start;                                                     \
+    for (int32_t i = 0; i < task->runs->num_runs; start += (runs_of)[i++].count) {         \
+        const kv_run *run = &(runs_of)[i];                                                 \
+        if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))                   \
+            continue;                                                                      \
+        const kv_ahead ahead = kv_run_ahead(task, run, i + distance);                      \
+        if (decode) {                                                                      \
+            const kv_run decoded = kv_decode_run(task, format_of, run, dim, width, ahead); \
+            run_function(task, KV_FORMAT_FP32, &decoded, start, kv_ahead_of(&decoded));    \
+        } else if ((format_of) == KV_FORMAT_FP16) {                                        \
+            run_function(task, KV_FORMAT_FP16, run, start, ahead);                         \
+        } else if ((format_of) == KV_FORMAT_BF16) {                                        \
+            run_function(task, KV_FORMAT_BF16, run, start, ahead);                         \
+        } else {                                                                           \
+            run_function(task, KV_FORMAT_FP32, run, start, ahead);                         \
+        }                                                                                  \
     }
 
 static void kv_score_split(const kv_split_task *task) {
@@ -358,7 +345,7 @@ static void kv_value_split(const kv_split_task *task) {
     KV_RUNS(task, task->runs->v, task->runs->num_runs, task->v_format, task->head_dim_v,
             task->o_width, kv_value_run)
     if (task->v_format == KV_FORMAT_BF16 && !decode)
-        kv_settle_values(task);
+        kv_order_values(task);
 }
 #undef KV_RUNS
 #undef KV_ROW_GROUPS

@@ -68,7 +68,8 @@ typedef struct kv_kernels {
                     int64_t count);
     /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, into as many
      * floats in the order in which attend_split reads them. */
-    void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, float *panels);
+    void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
+                         float *panels);
     void (*attend_split)(const kv_split_task *task);
     /* Folds `from`, whose tokens come later, into `into`. */
     void (*merge_partial)(const kv_partial *into, const kv_partial *from, int32_t num_rows,

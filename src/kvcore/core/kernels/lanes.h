@@ -13,8 +13,9 @@
  *   kv_pow2(z)        2^n for z = n + KV_ROUND, n a whole number from -126 to 127
  *   kv_keep_above(x, bound, y)   y, but 0 in the lanes where x < bound
  *   kv_load_f16, kv_load_bf16, kv_store_f16, kv_store_bf16   with conversion
- *   kv_load_bf16_pairs(p, even, odd)   2 * KV_LANES elements, taken apart
- *   kv_zip_low, kv_zip_high   what puts such a pair together again
+ *   kv_load_bf16_swapped   the same where it is cheaper to have the second and third quarter of the
+ *                     lanes in each other's place; kv_swap_middle moves them there and back, and
+ *                     kv_fold_swapped folds sums that lie so
  *   kv_prefetch(p)    ask for a cache line in L2
  *
  * Each load and store has a form with the suffix _partial that touches only the first n lanes in
@@ -32,6 +33,12 @@
 #else
 #define KV_UNROLL _Pragma("GCC unroll 16")
 #endif
+
+/* For lanes that load bf16 in order at the same cost. */
+#define KV_NOTHING_SWAPPED                                                               \
+    KV_INLINE kv_vec kv_swap_middle(kv_vec x) { return x; }                              \
+    KV_INLINE kv_vec kv_load_bf16_swapped(const uint16_t *p) { return kv_load_bf16(p); } \
+    KV_INLINE kv_vec kv_fold_swapped(const kv_vec *v) { return kv_fold(v); }
 
 /* Adding 1.5 * 2^23 rounds a small float to a whole number, which then stands in its low bits. */
 #define KV_ROUND 12582912.0f

@@ -84,22 +84,11 @@ KV_INLINE kv_vec kv_load_f16(const uint16_t *p) {
 }
 
 KV_INLINE kv_vec kv_load_bf16(const uint16_t *p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-KV_INLINE void kv_load_bf16_pairs(const uint16_t *p, kv_vec *even, kv_vec *odd) {
-    const __m256i x = _mm256_loadu_si256((const __m256i *)p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
-}
-
-KV_INLINE kv_vec kv_zip_low(kv_vec a, kv_vec b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
-}
-
-KV_INLINE kv_vec kv_zip_high(kv_vec a, kv_vec b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+    /* Both halves hold all of x, so that one shuffle within halves does all. */
+    const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    const __m256i from = _mm256_set_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080,
+                                          0x07068080, 0x05048080, 0x03028080, 0x01008080);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(x, from));
 }
 
 KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {
@@ -121,5 +110,7 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
 KV_INLINE void kv_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #include "lanes_partial.h"
+
+KV_NOTHING_SWAPPED
 
 #endif

@@ -83,6 +83,15 @@ KV_INLINE kv_vec kv_fold(const kv_vec *v) {
     return kv_fold_neighbours(kv_fold_pairs(x[0], x[1]), kv_fold_pairs(x[2], x[3]));
 }
 
+KV_INLINE kv_vec kv_fold_swapped(const kv_vec *v) {
+    __m512 x[4];
+    KV_UNROLL
+    for (int i = 0; i < 4; i++)
+        x[i] = kv_fold_quarters(kv_fold_quarters(v[i], v[i + 4]),
+                                kv_fold_quarters(v[i + 8], v[i + 12]));
+    return kv_fold_neighbours(kv_fold_pairs(x[0], x[1]), kv_fold_pairs(x[2], x[3]));
+}
+
 KV_INLINE kv_vec kv_pow2(kv_vec z) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3f800000)));
@@ -112,21 +121,17 @@ KV_INLINE kv_vec kv_load_bf16_partial(const uint16_t *p, int n) {
     return kv_widen_bf16(_mm256_maskz_loadu_epi16(kv_lane_mask(n), p));
 }
 
-KV_INLINE void kv_load_bf16_pairs(const uint16_t *p, kv_vec *even, kv_vec *odd) {
-    const __m512i x = _mm512_loadu_si512(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
-}
+KV_INLINE kv_vec kv_swap_middle(kv_vec x) { return _mm512_shuffle_f32x4(x, x, 0xd8); }
 
-KV_INLINE kv_vec kv_zip_low(kv_vec a, kv_vec b) {
-    const __m512i from = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutex2var_ps(a, from, b);
-}
-
-KV_INLINE kv_vec kv_zip_high(kv_vec a, kv_vec b) {
+KV_INLINE kv_vec kv_load_bf16_swapped(const uint16_t *p) {
+    /* All halves hold all of x. Quarters 0 and 2 take the elements of its first half, 1 and 3 those
+     * of its second, so that one shuffle within quarters does all. */
+    const __m512i x = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
     const __m512i from =
-        _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
-    return _mm512_permutex2var_ps(a, from, b);
+        _mm512_set_epi32(0x0f0e8080, 0x0d0c8080, 0x0b0a8080, 0x09088080, 0x0f0e8080, 0x0d0c8080,
+                         0x0b0a8080, 0x09088080, 0x07068080, 0x05048080, 0x03028080, 0x01008080,
+                         0x07068080, 0x05048080, 0x03028080, 0x01008080);
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(x, from));
 }
 
 KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {

@@ -68,16 +68,6 @@ KV_INLINE kv_vec kv_load_bf16(const uint16_t *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
 
-KV_INLINE void kv_load_bf16_pairs(const uint16_t *p, kv_vec *even, kv_vec *odd) {
-    const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(p));
-    *even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
-    *odd = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000)));
-}
-
-KV_INLINE kv_vec kv_zip_low(kv_vec a, kv_vec b) { return vzip1q_f32(a, b); }
-
-KV_INLINE kv_vec kv_zip_high(kv_vec a, kv_vec b) { return vzip2q_f32(a, b); }
-
 KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x)));
 }
@@ -94,5 +84,7 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
 KV_INLINE void kv_prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #include "lanes_partial.h"
+
+KV_NOTHING_SWAPPED
 
 #endif

@@ -125,15 +125,6 @@ KV_INLINE kv_vec kv_load_bf16(const uint16_t *p) {
     return (kv_vec)(wide << 16);
 }
 
-KV_INLINE void kv_load_bf16_pairs(const uint16_t *p, kv_vec *even, kv_vec *odd) {
-    *even = (kv_vec)((kv_bits){p[0], p[2], p[4], p[6]} << 16);
-    *odd = (kv_vec)((kv_bits){p[1], p[3], p[5], p[7]} << 16);
-}
-
-KV_INLINE kv_vec kv_zip_low(kv_vec a, kv_vec b) { return (kv_vec){a[0], b[0], a[1], b[1]}; }
-
-KV_INLINE kv_vec kv_zip_high(kv_vec a, kv_vec b) { return (kv_vec){a[2], b[2], a[3], b[3]}; }
-
 KV_INLINE void kv_store_f16(uint16_t *p, kv_vec x) {
     for (int i = 0; i < KV_LANES; i++)
         p[i] = kv_f32_to_f16(x[i]);
@@ -147,5 +138,7 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
 KV_INLINE void kv_prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #include "lanes_partial.h"
+
+KV_NOTHING_SWAPPED
 
 #endif
