@@ -21,7 +21,9 @@ BURST_SECONDS = 0.04
 MAX_BURST = 24
 MIN_CLEAN_STEPS = 5
 MIN_CLEAN_ROUNDS = 3
-SETTLE_SECONDS = 0.005
+
+#: Some libraries' threads spin on for up to 0.1 s after a call, on CPUs that the next peer needs.
+SETTLE_SECONDS, SETTLED_SHARE, MAX_SETTLE_SECONDS = 0.005, 0.1, 0.3
 
 
 class Timing(NamedTuple):
@@ -150,7 +152,7 @@ def measure(
             for number in range(max_rounds):
                 first = number % len(names)
                 for name in names[first:] + names[:first]:
-                    time.sleep(SETTLE_SECONDS)  # the last peer's threads may still be spinning
+                    settle()
                     with _placed(tasks[name], pinning):
                         samples[name].add(_burst(tasks[name], bursts[name], waits))
                 starved = any(sample.is_contended for sample in samples.values())
@@ -162,8 +164,19 @@ def measure(
     return samples
 
 
+def settle() -> None:
+    """Returns when this process's threads have come to rest, at most MAX_SETTLE_SECONDS later."""
+    deadline = time.perf_counter() + MAX_SETTLE_SECONDS
+    while time.perf_counter() < deadline:
+        used = time.process_time()
+        time.sleep(SETTLE_SECONDS)
+        if time.process_time() - used < SETTLED_SHARE * SETTLE_SECONDS:
+            return
+
+
 def _warm_up(task: Task, pinning: Pinning) -> int:
     """Starts the task's threads; returns how many steps a burst takes."""
+    settle()
     with _placed(task, pinning):
         for _ in range(2):
             task.prepare()

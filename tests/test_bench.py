@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,16 @@ import pytest
 from bench import curves, report, suite
 from bench.cases import CASES, FORMATS, Case, Data
 from bench.machine import Pinning, affinity
-from bench.measure import Cursor, Samples, Task, Timing, measure, ratio
+from bench.measure import (
+    MAX_SETTLE_SECONDS,
+    Cursor,
+    Samples,
+    Task,
+    Timing,
+    measure,
+    ratio,
+    settle,
+)
 from bench.peers import NAMES, Peer
 from bench.profile import HEADER, Profile
 from bench.reference import Reference
@@ -229,6 +240,23 @@ def test_tasks_take_turns_and_walk_the_layers():
     order = [who for i, (who, _) in enumerate(log) if i == 0 or log[i - 1][0] != who]
     # the warm-ups of a and b, then rounds a b, b a, a b, b a, of which neighbours melt together
     assert order == ["a", "b", "a", "b", "a", "b", "a"]
+
+
+def test_settling_waits_for_threads_that_spin():
+    stop = time.perf_counter() + 0.08
+
+    def spin():
+        while time.perf_counter() < stop:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    settle()
+    assert time.perf_counter() >= stop
+    thread.join()
+    start = time.perf_counter()
+    settle()
+    assert time.perf_counter() - start < MAX_SETTLE_SECONDS / 2
 
 
 def test_disturbed_steps_are_left_out():
