@@ -65,8 +65,27 @@ static const shape shapes[] = {
 
 enum { NUM_SHAPES = sizeof(shapes) / sizeof(shapes[0]) };
 
+/* Options of attend, none and several at once; those of heads differ from head to head. */
+typedef struct variant {
+    int32_t window, non_causal, masked;
+    float softcap, slope, sink;
+} variant;
+
+static const variant plain = {0};
+static const variant variants[] = {
+    {.window = 37, .softcap = 0.7f, .slope = 0.02f, .sink = 0.5f},
+    {.window = 300, .non_causal = 1, .sink = -1.0f},
+    {.masked = 1, .softcap = 2.0f, .slope = 0.01f},
+};
+
+enum { NUM_VARIANTS = sizeof(variants) / sizeof(variants[0]), MAX_HEADS = 16 };
+
 typedef struct problem {
     shape s;
+    variant use;
+    float slopes[MAX_HEADS], sinks[MAX_HEADS];
+    uint8_t *mask;
+    int64_t mask_size, mask_offsets[MAX_SEQUENCES];
     kv_plan plan;
     kv_blocks k, v;
     kv_rows q, out;
@@ -115,8 +134,39 @@ static float *fill_blocks(const problem *p, const kv_blocks *blocks, int32_t num
     return rows;
 }
 
-static problem make_problem(const shape *s, kv_format format) {
-    problem p = {.s = *s, .scale = 1.0f / sqrtf((float)s->head_dim)};
+static int mask_bit(int32_t i, int32_t j) { return (i * 7 + j * 5) % 3 != 0; }
+
+/* Whether new token `i` of sequence s sees key j. */
+static int sees(const problem *p, int32_t s, int32_t i, int32_t j) {
+    const int32_t position = p->s.stored[s] + i, window = p->use.window;
+    if (window && (j <= position - window || j > position))
+        return 0;
+    if (p->use.masked)
+        return mask_bit(i, j);
+    return p->use.non_causal || j <= position;
+}
+
+static void make_options(problem *p) {
+    for (int32_t h = 0; h < p->q.num_heads; h++) {
+        p->slopes[h] = p->use.slope * (float)(h + 1);
+        p->sinks[h] = p->use.sink * (float)(h + 1);
+    }
+    for (int32_t s = 0; s < p->s.num_sequences; s++) {
+        p->mask_offsets[s] = p->mask_size;
+        p->mask_size += (int64_t)p->s.new[s] * ((p->lengths[s] + 7) / 8);
+    }
+    p->mask = allocate((size_t)p->mask_size);
+    memset(p->mask, 0, (size_t)p->mask_size);
+    for (int32_t s = 0; s < p->s.num_sequences; s++)
+        for (int32_t i = 0; i < p->s.new[s]; i++) {
+            uint8_t *row = p->mask + p->mask_offsets[s] + (int64_t)i * ((p->lengths[s] + 7) / 8);
+            for (int32_t j = 0; j < p->lengths[s]; j++)
+                row[j / 8] |= (uint8_t)(mask_bit(i, j) << j % 8);
+        }
+}
+
+static problem make_problem(const shape *s, kv_format format, variant use) {
+    problem p = {.s = *s, .use = use, .scale = 1.0f / sqrtf((float)s->head_dim)};
     int32_t num_blocks = 1, num_tokens = 0, next = 0;
     for (int32_t i = 0; i < s->num_sequences; i++) {
         p.lengths[i] = s->stored[i] + s->new[i];
@@ -143,12 +193,15 @@ static problem make_problem(const shape *s, kv_format format) {
     p.q = make_rows(random_floats((int64_t)new * hq * s->head_dim), hq, s->head_dim);
     p.out = make_rows(random_floats((int64_t)new * hq * s->head_dim_v), hq, s->head_dim_v);
     p.lse = random_floats((int64_t)new * hq);
+    CHECK(hq <= MAX_HEADS, "%d heads", hq);
+    make_options(&p);
     return p;
 }
 
 static void free_problem(problem *p) {
     for (int32_t s = 0; s < p->s.num_sequences; s++)
         free(p->block_rows[s]);
+    free(p->mask);
     free(p->k.data);
     free(p->v.data);
     free(p->keys);
@@ -165,34 +218,58 @@ static void run_attend(problem *p) {
                         .query_starts = p->starts,
                         .seq_lens = p->lengths,
                         .block_rows = (const int32_t *const *)p->block_rows};
-    const kv_attend_options options = {.struct_size = sizeof(options), .scale = p->scale};
+    const variant *use = &p->use;
+    const kv_attend_options options = {.struct_size = sizeof(options),
+                                       .scale = p->scale,
+                                       .non_causal = use->non_causal,
+                                       .window = use->window,
+                                       .softcap = use->softcap,
+                                       .alibi_slopes = use->slope != 0 ? p->slopes : NULL,
+                                       .mask = use->masked ? p->mask : NULL,
+                                       .mask_size = p->mask_size,
+                                       .mask_offsets = p->mask_offsets,
+                                       .sinks = use->sink != 0 ? p->sinks : NULL};
     CHECK(kv_attend(&p->plan, &p->q, &p->k, &p->v, &options, &p->out, p->lse) == KV_OK,
           "kv_attend");
 }
 
-/* One row in double precision against what kv_attend gave. */
-static void check_row(const problem *p, int64_t first_key, int32_t seen, int32_t t, int32_t head) {
-    const shape *s = &p->s;
-    const int32_t hq = s->num_heads * s->group_size, kv_head = head / s->group_size;
-    const float *q = (float *)p->q.data + ((int64_t)t * hq + head) * s->head_dim;
-    const float *out = (float *)p->out.data + ((int64_t)t * hq + head) * s->head_dim_v;
-    double *score = allocate((size_t)seen * sizeof(double));
-    double top = -INFINITY, largest = 0, sum = 0, error = 0, size = 0, norm = 0;
-    for (int32_t j = 0; j < seen; j++) {
-        const float *k = p->keys + ((first_key + j) * s->num_heads + kv_head) * s->head_dim;
-        score[j] = 0;
-        for (int32_t d = 0; d < s->head_dim; d++)
-            score[j] += (double)q[d] * k[d] * p->scale;
+/* The score that a key has in double precision; the largest magnitude on its way goes to *largest. */
+static double score_of(const problem *p, const float *q, const float *k, int32_t head,
+                       int32_t distance, double *largest) {
+    double score = 0;
+    for (int32_t d = 0; d < p->s.head_dim; d++)
+        score += (double)q[d] * k[d] * p->scale;
+    *largest = fmax(*largest, fabs(score));
+    if (p->use.softcap > 0)
+        score = p->use.softcap * tanh(score / p->use.softcap);
+    score -= (double)p->slopes[head] * distance;
+    *largest = fmax(*largest, fabs(score));
+    return score;
+}
+
+/* New token i of sequence s, whose keys start at first_key, against what kv_attend gave. */
+static void check_row(const problem *p, int32_t s, int64_t first_key, int32_t i, int32_t head) {
+    const int32_t length = p->lengths[s], dim = p->s.head_dim, dim_v = p->s.head_dim_v;
+    const int64_t row = (int64_t)(p->starts[s] + i) * p->q.num_heads + head;
+    const int64_t stride = p->s.num_heads, first = first_key * stride + head / p->s.group_size;
+    const float *q = (float *)p->q.data + row * dim, *out = (float *)p->out.data + row * dim_v;
+    double *score = allocate((size_t)length * sizeof(double));
+    const double sink = p->use.sink != 0 ? p->sinks[head] : -INFINITY;
+    double top = sink, largest = p->use.sink != 0 ? fabs(sink) : 0, error = 0, size = 0, norm = 0;
+    for (int32_t j = 0; j < length; j++) {
+        score[j] = -INFINITY;
+        if (sees(p, s, i, j))
+            score[j] = score_of(p, q, p->keys + (first + j * stride) * dim, head,
+                                p->s.stored[s] + i - j, &largest);
         top = fmax(top, score[j]);
-        largest = fmax(largest, fabs(score[j]));
     }
-    for (int32_t j = 0; j < seen; j++)
-        sum += score[j] = exp(score[j] - top);
-    for (int32_t d = 0; d < s->head_dim_v; d++) {
+    double sum = isfinite(top) ? exp(sink - top) : 0;
+    for (int32_t j = 0; j < length; j++)
+        sum += score[j] = score[j] > -INFINITY ? exp(score[j] - top) : 0;
+    for (int32_t d = 0; d < dim_v; d++) {
         double exact = 0, square = 0;
-        for (int32_t j = 0; j < seen; j++) {
-            const float v =
-                p->values[((first_key + j) * s->num_heads + kv_head) * s->head_dim_v + d];
+        for (int32_t j = 0; j < length && sum > 0; j++) {
+            const float v = p->values[(first + j * stride) * dim_v + d];
             exact += score[j] / sum * v;
             square += score[j] / sum * v * v;
         }
@@ -200,11 +277,11 @@ static void check_row(const problem *p, int64_t first_key, int32_t seen, int32_t
         size += exact * exact;
         norm += square;
     }
-    const double factor = fmax(1, largest / 8), lse = top + log(sum);
+    const double factor = fmax(1, largest / 8), lse = sum > 0 ? top + log(sum) : -INFINITY;
     CHECK(sqrt(error) <= 2e-6 * factor * fmax(sqrt(size), 0.1 * sqrt(norm)),
-          "token %d head %d: error %g of %g", t, head, sqrt(error), sqrt(size));
-    CHECK(fabs(p->lse[(int64_t)t * hq + head] - lse) <= 2e-6 * factor + fabs(lse) * 0x1p-23,
-          "token %d head %d: lse %g not %g", t, head, p->lse[(int64_t)t * hq + head], lse);
+          "sequence %d token %d head %d: error %g of %g", s, i, head, sqrt(error), sqrt(size));
+    CHECK(p->lse[row] == lse || fabs(p->lse[row] - lse) <= 2e-6 * factor + fabs(lse) * 0x1p-23,
+          "sequence %d token %d head %d: lse %g not %g", s, i, head, p->lse[row], lse);
     free(score);
 }
 
@@ -213,7 +290,7 @@ static void check_problem(const problem *p) {
     for (int32_t s = 0; s < p->s.num_sequences; s++) {
         for (int32_t i = 0; i < p->s.new[s]; i++)
             for (int32_t head = 0; head < p->q.num_heads; head++)
-                check_row(p, first_key, p->s.stored[s] + i + 1, p->starts[s] + i, head);
+                check_row(p, s, first_key, i, head);
         first_key += p->lengths[s];
     }
 }
@@ -234,15 +311,21 @@ static void check_threads(problem *p) {
     free(single);
 }
 
+static void check_attend(const shape *s, kv_format format, variant use) {
+    problem p = make_problem(s, format, use);
+    run_attend(&p);
+    check_problem(&p);
+    check_threads(&p);
+    free_problem(&p);
+}
+
 static void check_attention(void) {
-    for (int i = 0; i < NUM_SHAPES; i++)
-        for (int format = 0; format < KV_FORMAT_COUNT; format++) {
-            problem p = make_problem(&shapes[i], (kv_format)format);
-            run_attend(&p);
-            check_problem(&p);
-            check_threads(&p);
-            free_problem(&p);
-        }
+    for (int i = 0; i < NUM_SHAPES; i++) {
+        for (int format = 0; format < KV_FORMAT_COUNT; format++)
+            check_attend(&shapes[i], (kv_format)format, plain);
+        for (int v = 0; v < NUM_VARIANTS; v++)
+            check_attend(&shapes[i], (kv_format)((i + v) % KV_FORMAT_COUNT), variants[v]);
+    }
 }
 
 /* ---- the rest -------------------------------------------------------------------------------- */
@@ -335,8 +418,8 @@ static void *attend_often(void *argument) {
 /* Callers that share the pool: one has it, the other runs alone. */
 static void check_two_callers(void) {
     pthread_t other;
-    problem a = make_problem(&shapes[1], KV_FORMAT_BF16);
-    problem b = make_problem(&shapes[0], KV_FORMAT_FP32);
+    problem a = make_problem(&shapes[1], KV_FORMAT_BF16, plain);
+    problem b = make_problem(&shapes[0], KV_FORMAT_FP32, variants[0]);
     kv_set_num_threads(3, 1);
     if (pthread_create(&other, NULL, attend_often, &a) != 0)
         exit(2);
