@@ -8,11 +8,12 @@
 int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *base, kv_tile *t) {
     const int64_t q_width = call->q_width, o_width = call->o_width;
     const int64_t rows = (num_rows + KV_ROW_ALIGN - 1) & -KV_ROW_ALIGN; /* all stays aligned */
-    const int64_t widest = q_width > o_width ? q_width : o_width;
+    const int64_t blocks = (num_rows + KV_BLOCK_ROWS - 1) / KV_BLOCK_ROWS;
+    const int many = num_rows >= KV_MANY_ROWS;
     const int64_t sizes[] = {rows * q_width,
-                             rows * q_width,
-                             rows * KV_SPLIT,
-                             KV_RUN * widest,
+                             many ? blocks * KV_BLOCK_ROWS * q_width : rows * q_width,
+                             many ? KV_SPLIT * KV_BLOCK_ROWS : rows * KV_SPLIT,
+                             many ? KV_SPLIT * (q_width + o_width) : 0,
                              rows * o_width,
                              rows,
                              rows,

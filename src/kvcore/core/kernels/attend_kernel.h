@@ -1,14 +1,10 @@
-/* Kernel text: scores and values of a tile of query rows over one split of 256 tokens.
+/* Kernel text: scores and values of a few query rows over one split of 256 tokens.
  *
  * Rows are taken up to eight at a time, so that an element of K or V is loaded and decoded once for
  * all of them. `format`, `num_rows` and the other constants of the innermost functions are known
  * where they are called, and the loops over them unroll into registers. */
 
-enum {
-    KV_DECODE_ROWS = 16, /* from this many rows on, a run is decoded once instead of per group */
-    KV_AHEAD_BYTES = 24576,
-    KV_LINE_BYTES = 64
-};
+enum { KV_AHEAD_BYTES = 24576, KV_LINE_BYTES = 64 };
 
 /* The run that is read about KV_AHEAD_BYTES after the one at hand. Where a kernel loads byte b of
  * token t it asks for byte b of token t there, so that memory works as evenly as arithmetic. With the
@@ -89,10 +85,9 @@ KV_INLINE void kv_pack_group(const float *q, int32_t row, int num_rows, int32_t 
     }
 }
 
-static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, kv_format format,
-                            float *panels) {
-    const kv_format as = num_rows >= KV_DECODE_ROWS ? KV_FORMAT_FP32 : format;
-    KV_ROW_GROUPS(8, num_rows, kv_pack_group(q, row, rows, q_width, as, panels));
+static void kv_pack_groups(const float *q, int32_t num_rows, int32_t q_width, kv_format format,
+                           float *panels) {
+    KV_ROW_GROUPS(8, num_rows, kv_pack_group(q, row, rows, q_width, format, panels));
 }
 
 /* One vector of dims of num_rows queries and num_tokens keys: sum[r * stride + t] += q_r k_t. */
@@ -302,49 +297,31 @@ KV_INLINE int32_t kv_ahead_distance(const kv_split_task *task) {
     return distance < 1 ? 1 : distance;
 }
 
-KV_INLINE kv_run kv_decode_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                               int32_t head_dim, int32_t width, kv_ahead ahead) {
-    for (int32_t t = 0; t < run->count; t++) {
-        for (int32_t b = 0; b < head_dim * kv_element_bytes(format); b += KV_LINE_BYTES)
-            kv_prefetch(ahead.rows + t * ahead.stride + b);
-        kv_convert(run->rows + t * run->stride, format, task->decoded + (int64_t)t * width,
-                   KV_FORMAT_FP32, head_dim);
-    }
-    return (kv_run){(const char *)task->decoded, (int64_t)width * (int64_t)sizeof(float),
-                    run->count};
-}
-
 /* run_function over the runs of K or of V that any row sees; the others are not read. */
-#define KV_RUNS(task, runs_of, first, format_of, dim, width, run_function)                 \
-    const int32_t distance = (first) + kv_ahead_distance(task);                            \
-    const int decode = (format_of) != KV_FORMAT_FP32 && task->num_rows >= KV_DECODE_ROWS;  \
-    int32_t start = task->runs->start;                                                     \
-    for (int32_t i = 0; i < task->runs->num_runs; start += (runs_of)[i++].count) {         \
-        const kv_run *run = &(runs_of)[i];                                                 \
-        if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))                   \
-            continue;                                                                      \
-        const kv_ahead ahead = kv_run_ahead(task, run, i + distance);                      \
-        if (decode) {                                                                      \
-            const kv_run decoded = kv_decode_run(task, format_of, run, dim, width, ahead); \
-            run_function(task, KV_FORMAT_FP32, &decoded, start, kv_ahead_of(&decoded));    \
-        } else if ((format_of) == KV_FORMAT_FP16) {                                        \
-            run_function(task, KV_FORMAT_FP16, run, start, ahead);                         \
-        } else if ((format_of) == KV_FORMAT_BF16) {                                        \
-            run_function(task, KV_FORMAT_BF16, run, start, ahead);                         \
-        } else {                                                                           \
-            run_function(task, KV_FORMAT_FP32, run, start, ahead);                         \
-        }                                                                                  \
+#define KV_RUNS(task, runs_of, first, format_of, run_function)                     \
+    const int32_t distance = (first) + kv_ahead_distance(task);                    \
+    int32_t start = task->runs->start;                                             \
+    for (int32_t i = 0; i < task->runs->num_runs; start += (runs_of)[i++].count) { \
+        const kv_run *run = &(runs_of)[i];                                         \
+        if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))           \
+            continue;                                                              \
+        const kv_ahead ahead = kv_run_ahead(task, run, i + distance);              \
+        if ((format_of) == KV_FORMAT_FP16)                                         \
+            run_function(task, KV_FORMAT_FP16, run, start, ahead);                 \
+        else if ((format_of) == KV_FORMAT_BF16)                                    \
+            run_function(task, KV_FORMAT_BF16, run, start, ahead);                 \
+        else                                                                       \
+            run_function(task, KV_FORMAT_FP32, run, start, ahead);                 \
     }
 
 static void kv_score_split(const kv_split_task *task) {
-    KV_RUNS(task, task->runs->k, 0, task->k_format, task->head_dim, task->q_width, kv_score_run)
+    KV_RUNS(task, task->runs->k, 0, task->k_format, kv_score_run)
 }
 
 static void kv_value_split(const kv_split_task *task) {
     memset(task->out.o, 0, (size_t)task->num_rows * (size_t)task->o_width * sizeof(float));
-    KV_RUNS(task, task->runs->v, task->runs->num_runs, task->v_format, task->head_dim_v,
-            task->o_width, kv_value_run)
-    if (task->v_format == KV_FORMAT_BF16 && !decode)
+    KV_RUNS(task, task->runs->v, task->runs->num_runs, task->v_format, kv_value_run)
+    if (task->v_format == KV_FORMAT_BF16)
         kv_order_values(task);
 }
 #undef KV_RUNS

@@ -8,6 +8,8 @@
 
 #include "attend_kernel.h"
 
+#include "prefill_kernel.h"
+
 #include "seen_kernel.h"
 
 #include "linear_kernel.h"

@@ -7,10 +7,12 @@
 enum {
     KV_SPLIT = 256, /* tokens of a split: docs/numerics.md */
     KV_SPLIT_WORDS = KV_SPLIT / 32,
-    KV_RUN = 32,       /* most tokens that a kernel takes from one block at a time */
-    KV_MAX_RUNS = 16,  /* runs of a split: the smallest block has 16 tokens */
-    KV_TILE_ROWS = 64, /* most query rows that share one pass over a split */
-    KV_ROW_ALIGN = 16  /* scratch rows are padded to a multiple of the widest vector */
+    KV_RUN = 32,        /* most tokens that a kernel takes from one block at a time */
+    KV_MAX_RUNS = 16,   /* runs of a split: the smallest block has 16 tokens */
+    KV_TILE_ROWS = 240, /* most query rows that share one pass over a split */
+    KV_BLOCK_ROWS = 48, /* ... of which this many have their scores at a time */
+    KV_MANY_ROWS = 16,  /* from so many on, lanes are rows: prefill_kernel.h */
+    KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
 };
 
 /* Consecutive token rows of one block and head. */
@@ -49,8 +51,8 @@ typedef struct kv_split_task {
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;
     const kv_split_runs *next; /* what is read afterwards, for prefetching; may be empty */
-    float *scores;             /* scratch [num_rows, KV_SPLIT] */
-    float *decoded;            /* scratch [KV_RUN, max(q_width, o_width)] */
+    float *scores;  /* scratch [num_rows, KV_SPLIT], or [KV_SPLIT, KV_BLOCK_ROWS] for many rows */
+    float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows */
     kv_partial out;
 } kv_split_task;
 
@@ -66,8 +68,9 @@ typedef struct kv_kernels {
     /* `count` elements, dense on both sides, from one float format to another. */
     void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
                     int64_t count);
-    /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, into as many
-     * floats in the order in which attend_split reads them. */
+    /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, in the order in
+     * which attend_split reads them: as many floats, for KV_MANY_ROWS rows or more those of a
+     * multiple of KV_BLOCK_ROWS rows. */
     void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
                          float *panels);
     void (*attend_split)(const kv_split_task *task);

@@ -3,6 +3,7 @@
  *   KV_LANES          float32 lanes of a vector
  *   KV_ACCUMULATORS   vectors that a kernel may sum into at once: a multiple of KV_LANES that
  *                     leaves registers for the operands
+ *   KV_REGISTERS      vector registers that the ISA has: 16 or 32
  *   kv_vec            the vector
  *
  *   kv_zero, kv_broadcast, kv_load, kv_store, kv_add, kv_sub, kv_mul, kv_div, kv_max
@@ -31,7 +32,7 @@
 #if defined(__clang__)
 #define KV_UNROLL _Pragma("unroll")
 #else
-#define KV_UNROLL _Pragma("GCC unroll 16")
+#define KV_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 /* For lanes that load bf16 in order at the same cost. */

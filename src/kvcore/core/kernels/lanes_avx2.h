@@ -8,6 +8,7 @@
 
 #define KV_LANES 8
 #define KV_ACCUMULATORS 8
+#define KV_REGISTERS 16
 
 typedef __m256 kv_vec;
 

@@ -8,6 +8,7 @@
 
 #define KV_LANES 16
 #define KV_ACCUMULATORS 16
+#define KV_REGISTERS 32
 
 typedef __m512 kv_vec;
 

@@ -8,6 +8,7 @@
 
 #define KV_LANES 4
 #define KV_ACCUMULATORS 16
+#define KV_REGISTERS 32
 
 typedef float32x4_t kv_vec;
 

@@ -7,6 +7,7 @@
 
 #define KV_LANES 4
 #define KV_ACCUMULATORS 8
+#define KV_REGISTERS 16
 
 typedef float kv_vec __attribute__((vector_size(16)));
 typedef uint32_t kv_bits __attribute__((vector_size(16)));

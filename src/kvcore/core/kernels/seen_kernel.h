@@ -30,8 +30,20 @@ static void kv_adjust_row(const kv_split_task *task, int32_t r) {
     }
 }
 
+static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
+                            float *panels) {
+    if (num_rows >= KV_MANY_ROWS)
+        kv_pack_blocks(q, num_rows, q_width, panels);
+    else
+        kv_pack_groups(q, num_rows, q_width, k_format, panels);
+}
+
 static void kv_attend_split(const kv_split_task *task) {
     const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
+    if (task->num_rows >= KV_MANY_ROWS) {
+        kv_attend_many(task);
+        return;
+    }
     kv_score_split(task);
     for (int32_t r = 0; r < task->num_rows; r++) {
         task->out.m[r] = -INFINITY;
