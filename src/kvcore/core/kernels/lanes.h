@@ -29,7 +29,10 @@
 
 #define KV_INLINE static inline __attribute__((always_inline))
 
-#if defined(__clang__)
+/* Unrolling is for speed alone, and what sanitizers add to it takes minutes to compile. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define KV_UNROLL
+#elif defined(__clang__)
 #define KV_UNROLL _Pragma("unroll")
 #else
 #define KV_UNROLL _Pragma("GCC unroll 32")
