@@ -10,7 +10,7 @@
 
 #include "prefill_kernel.h"
 
-#include "seen_kernel.h"
+#include "split_kernel.h"
 
 #include "linear_kernel.h"
 

@@ -39,11 +39,11 @@ static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, k
 }
 
 static void kv_attend_split(const kv_split_task *task) {
-    const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
     if (task->num_rows >= KV_MANY_ROWS) {
         kv_attend_many(task);
         return;
     }
+    const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
     kv_score_split(task);
     for (int32_t r = 0; r < task->num_rows; r++) {
         task->out.m[r] = -INFINITY;
