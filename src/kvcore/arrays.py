@@ -68,7 +68,7 @@ def dtype_number(array: np.ndarray, argument: str) -> int:
     number = DTYPES.get(array.dtype)
     if number is not None:
         return number
-    if array.dtype.name != "bfloat16":
+    if array.dtype.name != "bfloat16" or not array.dtype.isnative:
         raise InvalidType(f"{argument}: expected float32, float16 or bfloat16, got {array.dtype}")
     return DTYPES.setdefault(array.dtype, BF16)
 
