@@ -15,6 +15,10 @@ class InvalidType(KVCoreError, TypeError):
     """An argument has a type or dtype that the call does not accept."""
 
 
+class NotFinite(InvalidArgument):
+    """A NaN or an infinity was to be stored in a quantized format, which has none."""
+
+
 class OutOfBlocks(KVCoreError):
     """A pool has too few blocks for what was asked; nothing was changed.
 
@@ -106,4 +110,5 @@ STATUS_EXCEPTIONS: dict[str, type[Exception]] = {
     "ERR_NO_STORAGE": StepError,
     "ERR_RELEASED": TokensReleased,
     "ERR_CORRUPT": CacheCorrupt,
+    "ERR_NOT_FINITE": NotFinite,
 }

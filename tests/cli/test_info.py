@@ -20,7 +20,12 @@ def test_json_tells_what_the_library_tells():
     assert facts["isa"] in facts["available_isas"] == list(kvcore.available_isas())
     assert facts["cpu_features"] == list(kvcore.cpu_features())
     assert facts["threads"] == kvcore.get_num_threads()
-    assert facts["formats"]["bf16"] == {"element_bits": 16, "row_metadata_bytes": 0}
+    assert facts["formats"]["bf16"] == {
+        "kind": "float",
+        "element_bits": 16,
+        "element_metadata_bits": 0,
+        "row_metadata_bytes": 0,
+    }
     available = {name for name, state in facts["backends"].items() if state == "available"}
     assert available == set(kvcore.available_backends())
     assert set(facts["backends"]) == {"cpu", "cuda"}

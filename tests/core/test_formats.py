@@ -93,7 +93,7 @@ def test_rejects_bad_arguments() -> None:
     for dtype, fmt, rows, dim in [
         (3, 0, 1, 8),
         (-1, 0, 1, 8),
-        (0, 3, 1, 8),
+        (0, 14, 1, 8),
         (0, 0, -1, 8),
         (0, 0, 1, 7),
         (0, 0, 1, 0),

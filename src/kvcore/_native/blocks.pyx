@@ -15,13 +15,15 @@ cnp.import_array()
 
 
 def format_table():
-    """The rows of formats.h: (name, element_bits, row_metadata_bytes) by format number."""
+    """The rows of formats.h by format number, each as its fields; the kind is a number."""
     cdef int i
     cdef const kv_format_info *info
     table = []
     for i in range(KV_FORMAT_COUNT):
         info = kv_format_get_info(i)
-        table.append((info.name.decode(), info.element_bits, info.row_metadata_bytes))
+        table.append((info.name.decode(), info.kind, info.element_bits,
+                      info.element_metadata_bits, info.row_metadata_bytes,
+                      info.head_dim_multiple))
     return table
 
 

@@ -15,10 +15,14 @@ cdef extern from "kvcore/kvcore.h" nogil:
 
     ctypedef int kv_format
     int KV_FORMAT_COUNT
+    ctypedef int kv_format_kind
     ctypedef struct kv_format_info:
         const char *name
+        kv_format_kind kind
         int32_t element_bits
+        int32_t element_metadata_bits
         int32_t row_metadata_bytes
+        int32_t head_dim_multiple
     const kv_format_info *kv_format_get_info(kv_format format)
 
     ctypedef int kv_dtype

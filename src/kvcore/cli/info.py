@@ -35,8 +35,11 @@ def info(as_json: bool) -> None:
     ]
     rows += [("backend", f"{name}: {state}") for name, state in facts["backends"].items()]
     for name, form in facts["formats"].items():
-        bits, more = form["element_bits"], form["row_metadata_bytes"]
-        rows.append(("format", f"{name}: {bits} bits an element, {more} bytes more a row"))
+        bits, more = form["element_bits"], form["element_metadata_bits"]
+        text = f"{name}: {bits} bits an element"
+        text += f" and {more} of metadata" if more else ""
+        text += f", {form['row_metadata_bytes']} bytes a row" if form["row_metadata_bytes"] else ""
+        rows.append(("format", text))
     rows.append(("families", " ".join(facts["families"])))
     rows += [("model", f"{name}: {text}") for name, text in facts["models"].items()]
     for name, text in rows:
@@ -57,7 +60,9 @@ def gather() -> dict[str, Any]:
         "threads": get_num_threads(),
         "formats": {
             name: {
+                "kind": form.kind,
                 "element_bits": form.element_bits,
+                "element_metadata_bits": form.element_metadata_bits,
                 "row_metadata_bytes": form.row_metadata_bytes,
             }
             for name, form in FORMATS.items()

@@ -248,6 +248,8 @@ kv_status kv_quantize(const void *rows, kv_dtype dtype, kv_format format, int64_
                       int32_t head_dim, void *out) {
     if (!kv_dtype_is_valid(dtype) || !kv_format_is_valid(format))
         return KV_ERR_VALUE;
+    if (!kv_format_is_float(format))
+        return KV_ERR_UNSUPPORTED;
     return convert_rows(rows, kv_dtype_format(dtype), out, format, num_rows, head_dim);
 }
 
@@ -255,5 +257,7 @@ kv_status kv_dequantize(const void *codes, kv_format format, int64_t num_rows, i
                         kv_dtype dtype, void *out) {
     if (!kv_dtype_is_valid(dtype) || !kv_format_is_valid(format))
         return KV_ERR_VALUE;
+    if (!kv_format_is_float(format))
+        return KV_ERR_UNSUPPORTED;
     return convert_rows(codes, format, out, kv_dtype_format(dtype), num_rows, head_dim);
 }

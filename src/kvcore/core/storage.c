@@ -53,6 +53,8 @@ kv_status kv_check_blocks(const kv_blocks *blocks) {
         !is_power_of_two(blocks->block_size) || blocks->block_size < 16 ||
         !kv_head_dim_is_valid(blocks->head_dim))
         return KV_ERR_VALUE;
+    if (!kv_format_is_float(blocks->format))
+        return KV_ERR_UNSUPPORTED;
     const int64_t row_bytes = kv_format_row_bytes(blocks->format, blocks->head_dim);
     const int32_t alignment = blocks->format == KV_FORMAT_FP32 ? 4 : 2;
     if ((uintptr_t)blocks->data % (uintptr_t)alignment != 0 ||

@@ -48,7 +48,8 @@ extern "C" {
     KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")           \
     KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")     \
     KV_STATUS(ERR_RELEASED, "tokens that the call needs were released behind a window")  \
-    KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")
+    KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")                           \
+    KV_STATUS(ERR_NOT_FINITE, "a NaN or an infinity, which quantized formats cannot hold")
 
 typedef enum kv_status {
 #define KV_STATUS_ENUM(ID, message) KV_##ID,
@@ -65,16 +66,24 @@ KV_API const char *kv_version(void);
 /* ---- formats and dtypes ---------------------------------------------------------------------- */
 
 typedef enum kv_format {
-#define KV_FORMAT_ENUM(ID, name, element_bits, row_metadata_bytes) KV_FORMAT_##ID,
+#define KV_FORMAT_ENUM(ID, ...) KV_FORMAT_##ID,
     KV_FORMATS(KV_FORMAT_ENUM)
 #undef KV_FORMAT_ENUM
         KV_FORMAT_COUNT
 } kv_format;
 
+/* How tokens are encoded: as floats, each row alone, or in groups of 32 tokens channel by channel. */
+typedef enum kv_format_kind { KV_KIND_FLOAT, KV_KIND_ROW, KV_KIND_CHANNEL } kv_format_kind;
+
+/* A token of one head takes head_dim * (element_bits + element_metadata_bits) / 8 +
+ * row_metadata_bytes bytes. head_dim is a multiple of head_dim_multiple. */
 typedef struct kv_format_info {
     const char *name;
+    kv_format_kind kind;
     int32_t element_bits;
+    int32_t element_metadata_bits;
     int32_t row_metadata_bytes;
+    int32_t head_dim_multiple;
 } kv_format_info;
 
 /* NULL when `format` is not one. */
