@@ -32,13 +32,13 @@ CYTHON_CFLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unused
 if os.environ.get("KVCORE_WERROR"):
     CFLAGS.append("-Werror")
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_CFLAGS = {
-    "isa_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512": [
-        "-mavx2", "-mfma", "-mf16c",
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-    ],
-}  # fmt: skip
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 MACOS = sys.platform == "darwin"
 LIBRARY = "libkvcore.dylib" if MACOS else "libkvcore.so"

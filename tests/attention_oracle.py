@@ -10,6 +10,7 @@ from scipy import special
 #: docs/numerics.md, "Tolerances".
 RELATIVE = 2e-6
 OUT_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+DOTS = 2e-3
 FLOAT16_SUBNORMAL_ROUNDING = 2.0**-25
 
 
@@ -23,12 +24,14 @@ class Reference:
         max_score: [n, Hq], the largest abs(score) that the row sees, before softcap, after ALiBi,
             or its sink.
         max_terms: [n, Hq], the largest scaled sum over d of abs(q_d * k_d) that it sees.
+        mean_length: [n, Hq], the average length of the values, weighted as in `out`.
     """
 
     out: np.ndarray
     lse: np.ndarray
     max_score: np.ndarray
     max_terms: np.ndarray
+    mean_length: np.ndarray
 
 
 def token_places(n, m, positions=None) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +80,7 @@ def attention(
     lse = np.full((n, num_heads), -np.inf)
     max_score = np.zeros((n, num_heads))
     max_terms = np.zeros((n, num_heads))
+    mean_length = np.zeros((n, num_heads))
 
     def largest(x):
         return np.where(visible, np.abs(x), 0).max(axis=1, initial=0)
@@ -105,7 +109,9 @@ def attention(
             weights = special.softmax(scores[some], axis=1)
             # What is not seen takes no part, though it be NaN.
             out[some, head] = [w[s] @ values[s] for w, s in zip(weights, seen[some], strict=True)]
-    return Reference(out, lse, max_score, max_terms)
+            lengths = np.linalg.norm(values, axis=-1)
+            mean_length[some, head] = np.where(seen[some], weights * lengths, 0).sum(axis=1)
+    return Reference(out, lse, max_score, max_terms, mean_length)
 
 
 def merge(outs, lses) -> tuple[np.ndarray, np.ndarray]:
@@ -117,15 +123,20 @@ def merge(outs, lses) -> tuple[np.ndarray, np.ndarray]:
     return (np.where(seen, outs, 0.0) * weights[..., None]).sum(axis=0), lse
 
 
-def assert_close(out, lse, reference: Reference, *, cancels: bool = False) -> None:
+def assert_close(
+    out, lse, reference: Reference, *, cancels: bool = False, dots: bool = False
+) -> None:
     """Asserts out [n, Hq, Dv] and lse [n, Hq] (or None) to be within the promised distance.
 
     `cancels`: q . k may be far smaller than its terms, which then take the place of the score.
+    `dots`: by dot products of bf16 pairs.
     """
     growth = np.maximum(1.0, (reference.max_terms if cancels else reference.max_score) / 8)
     error = np.linalg.norm(np.asarray(out).astype(np.float64) - reference.out, axis=-1)
     length = np.linalg.norm(reference.out, axis=-1)
     allowed = (RELATIVE * growth + OUT_ROUNDING[out.dtype.name]) * length
+    if dots:
+        allowed = allowed + DOTS * reference.mean_length
     if out.dtype.name == "float16":
         allowed = allowed + FLOAT16_SUBNORMAL_ROUNDING * out.shape[-1] ** 0.5
     assert_within(error, allowed, "out")
@@ -134,7 +145,8 @@ def assert_close(out, lse, reference: Reference, *, cancels: bool = False) -> No
         assert np.array_equal(np.isneginf(lse), nothing), "lse of rows that see nothing"
         exact = np.where(nothing, 0, reference.lse)
         error = np.abs(np.where(nothing, 0, lse).astype(np.float64) - exact)
-        assert_within(error, RELATIVE * growth + 2.0**-23 * np.abs(exact), "lse")
+        allowed = RELATIVE * growth + 2.0**-23 * np.abs(exact) + (DOTS if dots else 0)
+        assert_within(error, allowed, "lse")
 
 
 def assert_within(error, allowed, what: str) -> None:

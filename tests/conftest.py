@@ -1,8 +1,13 @@
-"""What all tests share: hypothesis profiles. Markers and warnings are set in pyproject.toml."""
+"""What all tests share: hypothesis profiles, and CPU features that a hypervisor hides.
+
+Markers and warnings are set in pyproject.toml.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +18,31 @@ settings.register_profile("default", max_examples=100, **_COMMON)
 settings.register_profile("quick", max_examples=20, **_COMMON)
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# Runs a dot product of bf16 pairs, of which some CPUs are capable though CPUID does not say so; on
+# others the process dies.
+_CLAIM = {"KVCORE_CPU_FEATURES": "+avx512_bf16"}
+_PROBE = """
+import numpy as np, kvcore
+kvcore.set_isa("avx512_bf16")
+cache = kvcore.KVCache(kvcore.CacheSpec(1, 1, 8, k_format="bf16", v_format="bf16"), num_blocks=1)
+with cache.step([(cache.sequence(), 64)]) as step:
+    x = np.ones((64, 1, 8), np.float32)
+    step.append(0, x, x)
+    assert np.array_equal(step.attend(0, x), x)
+"""
+
+
+def _survives(code: str, environment: dict[str, str]) -> bool:
+    environment = {**os.environ, **environment}
+    return (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True
+        ).returncode
+        == 0
+    )
+
+
+# Before any test imports kvcore, which asks for features once.
+if "KVCORE_CPU_FEATURES" not in os.environ and _survives(_PROBE, _CLAIM):
+    os.environ.update(_CLAIM)

@@ -12,12 +12,18 @@ import kvcore
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
-LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16}
+LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
 FORMAT_DTYPES = {
     "fp32": DTYPES["float32"],
     "fp16": DTYPES["float16"],
     "bf16": DTYPES["bfloat16"],
 }
+
+
+def takes_dots(isa, layer, num_new, exact=False):
+    """Whether a sequence's attention is rounded more than elsewhere: docs/numerics.md."""
+    bf16 = layer.k_format == layer.v_format == "bf16"
+    return isa == "avx512_bf16" and bf16 and num_new >= 32 and not exact
 
 
 @contextlib.contextmanager

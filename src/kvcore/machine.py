@@ -31,7 +31,7 @@ def get_num_threads() -> int:
 
 
 def get_isa() -> str:
-    """The instruction set that the kernels use: "scalar", "avx2", "avx512" or "neon"."""
+    """The instruction set that the kernels use, one of `available_isas()`."""
     name: str = _machine.get_isa()
     return name
 
@@ -50,15 +50,33 @@ def set_isa(name: str) -> None:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that this build and CPU can run, best first."""
+    """Instruction sets that this build and CPU can run, best first.
+
+    Of "scalar", "avx2", "avx512", "avx512_bf16" and "neon". "avx512_bf16" is "avx512" with bf16 dot
+    products for the prefill of bf16 caches, and comes first where they are expected to be faster.
+    """
     return tuple(_machine.available_isas())
 
 
 def cpu_features() -> tuple[str, ...]:
-    """The CPU's features that kernels may use, as in "avx512_bf16"."""
+    """The CPU's features that kernels may use, as in "avx512_bf16".
+
+    The variable KVCORE_CPU_FEATURES adds some that a hypervisor hides, as in "+avx512_bf16"; commas
+    separate several. They are believed: an instruction that the CPU lacks ends the process.
+    """
     return tuple(_machine.cpu_features())
 
 
+def _check_claimed_features() -> None:
+    for claim in filter(None, os.environ.get("KVCORE_CPU_FEATURES", "").split(",")):
+        if not claim.startswith("+") or claim[1:] not in cpu_features():
+            raise UnsupportedError(
+                "KVCORE_CPU_FEATURES: expected features of this architecture that kvcore knows, "
+                f"as in '+avx512_bf16', got {claim!r}"
+            )
+
+
+_check_claimed_features()
 if get_isa() == "none":  # a forced one that is not there: better told now than by the first call
     raise UnsupportedError(
         f"KVCORE_ISA: expected one of {', '.join(available_isas())}, "

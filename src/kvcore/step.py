@@ -143,7 +143,8 @@ class Step:
                 without it.
             sinks: [Hq], one more logit in each softmax's denominator, with no value.
             return_lse: also return the natural logarithm of the softmax's denominator.
-            exact: never take a path whose bits depend on how a prompt was chunked.
+            exact: never take a path whose bits depend on how a prompt was chunked. Only bf16 has
+                one, on the instruction set "avx512_bf16": within 2e-3 instead of 2e-6.
             out: an array to write to, of q's dtype and shape but with head_dim_v.
 
         Returns:

@@ -32,6 +32,13 @@ def test_json_tells_what_the_library_tells():
     assert facts["models"]["smollm2"].startswith("SmolLM2")
 
 
+def test_claimed_features_are_told(monkeypatch):
+    monkeypatch.setenv("KVCORE_CPU_FEATURES", "+sse4_2")
+    assert "claimed  +sse4_2 (" in CliRunner().invoke(app, ["info"]).stdout
+    monkeypatch.delenv("KVCORE_CPU_FEATURES")
+    assert "claimed" not in CliRunner().invoke(app, ["info"]).stdout
+
+
 def test_text_in_a_process_of_its_own():
     done = subprocess.run(
         [sys.executable, "-m", "kvcore", "info"], capture_output=True, text=True, check=True

@@ -63,10 +63,10 @@ class Case:
             self.rows,
         )
 
-    def run(self, out_dtype: str = "fp32") -> tuple[np.ndarray, np.ndarray]:
+    def run(self, out_dtype: str = "fp32", **options) -> tuple[np.ndarray, np.ndarray]:
         out = np.full((*self.q.shape[:2], self.v.shape[3]), 7, DTYPES[out_dtype])
         lse = np.full(self.q.shape[:2], 7, np.float32)
-        assert attend(self.step, self.q, self.k, self.v, self.scale, out, lse) == OK
+        assert attend(self.step, self.q, self.k, self.v, self.scale, out, lse, **options) == OK
         return out, lse
 
     def exact(self):
@@ -128,7 +128,7 @@ def test_matches_float64(shape: Case, fmt: str, isa: str) -> None:
         shape.lengths, shape.heads, shape.group, shape.dim, shape.dim_v, shape.block_size, fmt, fmt
     )
     with machine(isa):
-        out, lse = case.run()
+        out, lse = case.run(exact=1)
     error, factor = relative_error(case, out)
     assert (error / factor).max() < 2e-6
     _, exact_lse, _, _ = case.exact()
@@ -202,14 +202,14 @@ class TestBits:
     def test_chunks(self, fmt: str, isa: str) -> None:
         case = Case([(0, 600)], heads=1, group=3, dim=40, k_format=fmt, v_format=fmt)
         with machine(isa):
-            out, _ = case.run()
+            out, _ = case.run(exact=1)
             for cuts in ([1, 599], [256, 256, 88], [255, 2, 100, 243]):
                 done = 0
                 for count in cuts:
                     part = np.empty((count, *out.shape[1:]), np.float32)
                     step = Step(case.block_size, [count], [done + count], case.rows)
                     q = case.q[done : done + count]
-                    assert attend(step, q, case.k, case.v, case.scale, part) == OK
+                    assert attend(step, q, case.k, case.v, case.scale, part, exact=1) == OK
                     assert part.tobytes() == out[done : done + count].tobytes()
                     done += count
 
@@ -256,7 +256,7 @@ def test_isas_agree() -> None:
     results = []
     for isa in ISAS:
         with machine(isa):
-            results.append(case.run()[0])
+            results.append(case.run(exact=1)[0])
     for result in results[1:]:
         assert np.abs(result - results[0]).max() < 4e-6
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 from typing import Any
 
@@ -33,6 +34,8 @@ def info(as_json: bool) -> None:
         ("cpu", " ".join(facts["cpu_features"])),
         ("threads", str(facts["threads"])),
     ]
+    if facts["claimed_cpu_features"]:
+        rows.append(("claimed", f"{facts['claimed_cpu_features']} (KVCORE_CPU_FEATURES, believed)"))
     rows += [("backend", f"{name}: {state}") for name, state in facts["backends"].items()]
     for name, form in facts["formats"].items():
         bits, more = form["element_bits"], form["element_metadata_bits"]
@@ -57,6 +60,7 @@ def gather() -> dict[str, Any]:
         "isa": get_isa(),
         "available_isas": list(available_isas()),
         "cpu_features": list(cpu_features()),
+        "claimed_cpu_features": os.environ.get("KVCORE_CPU_FEATURES", ""),
         "threads": get_num_threads(),
         "formats": {
             name: {

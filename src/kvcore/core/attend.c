@@ -134,6 +134,17 @@ static kv_status run(kv_attend_call *call, kv_workspace *workspace) {
     return KV_OK;
 }
 
+/* Whether long prompts are attended to by dot products of bf16 pairs: in how many bf16 terms queries
+ * are then given. One is exact for bf16 queries, and two keep 16 bits of others, whose rounding to one
+ * would show more the larger the scores are. */
+static int32_t num_dots(const kv_kernels *kernels, const kv_rows *q, const kv_blocks *k,
+                        const kv_blocks *v, const kv_attend_options *options) {
+    if (!kernels->has_dot_bf16 || options->exact || k->format != KV_FORMAT_BF16 ||
+        v->format != KV_FORMAT_BF16)
+        return 0;
+    return q->dtype == KV_DTYPE_BF16 ? 1 : 2;
+}
+
 kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, const kv_blocks *v,
                     const kv_attend_options *options, const kv_rows *out, float *lse) {
     kv_attend_options known;
@@ -153,6 +164,7 @@ kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, c
                            .lse = lse,
                            .sight = kv_sight_of(plan, &known),
                            .group_size = q->num_heads / k->num_heads,
+                           .dots = num_dots(kernels, q, k, v, &known),
                            .q_width = (int32_t)round_up(k->head_dim, KV_ROW_ALIGN),
                            .o_width = (int32_t)round_up(v->head_dim, KV_ROW_ALIGN)};
     while ((1 << call.block_shift) < k->block_size)

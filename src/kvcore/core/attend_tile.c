@@ -55,22 +55,31 @@ static query_row locate_row(const kv_attend_call *call, const kv_unit *unit, int
                        unit->head * call->group_size + row % call->group_size};
 }
 
-static void load_query(const kv_attend_call *call, const query_row *row, float *to) {
+/* kv_split_task's `dots`. It is a matter of the unit's sequence alone, so that no other sequence,
+ * thread or sharer changes a row's bits; those that share a prefix have too few new tokens. */
+static int32_t dots_of(const kv_attend_call *call, const kv_unit *unit) {
+    const int32_t *starts = call->plan->query_starts + unit->sequence;
+    return unit->share < 0 && starts[1] - starts[0] >= KV_DOT_TOKENS ? call->dots : 0;
+}
+
+static void load_query(const kv_attend_call *call, const query_row *row, float scale, float *to) {
     const kv_rows *q = call->q;
     call->kernels->convert(kv_row(q, call->plan->query_starts, row->sequence, row->token) +
                                row->head * q->head_stride * kv_dtype_bytes(q->dtype),
                            kv_dtype_format(q->dtype), to, KV_FORMAT_FP32, q->head_dim);
     for (int32_t d = 0; d < q->head_dim; d++)
-        to[d] *= call->options->scale;
+        to[d] *= scale;
     for (int32_t d = q->head_dim; d < call->q_width; d++)
         to[d] = 0.0f;
 }
 
 void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
+    const int32_t dots = dots_of(call, unit);
+    const float scale = dots ? 1.0f : call->options->scale; /* which could cost a bf16 query bits */
     query_row before = {-1, -1, -1};
     for (int32_t r = 0; r < unit->num_rows; r++) {
         const query_row row = locate_row(call, unit, r);
-        load_query(call, &row, t->q + (int64_t)r * call->q_width);
+        load_query(call, &row, scale, t->q + (int64_t)r * call->q_width);
         t->repeats[r] = row.sequence == before.sequence && row.token == before.token;
         t->views[r] =
             t->repeats[r] ? t->views[r - 1] : kv_look(&call->sight, row.sequence, row.token);
@@ -78,7 +87,8 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
     }
-    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, call->k->format, t->panels);
+    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, call->k->format, dots,
+                                t->panels);
 }
 
 void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32_t split,
@@ -138,6 +148,8 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
     const int moved = call->options->alibi_slopes &&
                       kv_key_places(&call->sight, unit->sequence, begin, t->places);
     const kv_split_task task = {.panels = t->panels,
+                                .dots = dots_of(call, unit),
+                                .scale = call->options->scale,
                                 .num_rows = unit->num_rows,
                                 .q_width = call->q_width,
                                 .o_width = call->o_width,

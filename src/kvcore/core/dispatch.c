@@ -7,11 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Best first. */
+/* Best first, where the CPU is good at all. */
 static const kv_kernels *const compiled[] = {
 #if defined(__x86_64__)
-    &kv_kernels_avx512,
-    &kv_kernels_avx2,
+    &kv_kernels_avx512_bf16, &kv_kernels_avx512, &kv_kernels_avx2,
 #endif
 #if defined(__aarch64__)
     &kv_kernels_neon,
@@ -24,9 +23,18 @@ enum { NUM_COMPILED = sizeof(compiled) / sizeof(compiled[0]) };
 static const struct {
     const char *isa, *feature;
 } needs[] = {
-    {"avx512", "avx512f"}, {"avx512", "avx512bw"}, {"avx512", "avx512dq"}, {"avx512", "avx512vl"},
-    {"avx512", "avx2"},    {"avx512", "fma"},      {"avx512", "f16c"},     {"avx2", "avx2"},
-    {"avx2", "fma"},       {"avx2", "f16c"},       {"neon", "neon"},
+    {"avx512_bf16", "avx512_bf16"}, /* and all of avx512 */
+    {"avx512", "avx512f"},
+    {"avx512", "avx512bw"},
+    {"avx512", "avx512dq"},
+    {"avx512", "avx512vl"},
+    {"avx512", "avx2"},
+    {"avx512", "fma"},
+    {"avx512", "f16c"},
+    {"avx2", "avx2"},
+    {"avx2", "fma"},
+    {"avx2", "f16c"},
+    {"neon", "neon"},
 };
 
 static const char *available[NUM_COMPILED + 1];
@@ -34,6 +42,8 @@ static _Atomic(const kv_kernels *) active;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static int cpu_runs(const char *isa) {
+    if (strcmp(isa, "avx512_bf16") == 0 && !cpu_runs("avx512"))
+        return 0;
     for (size_t i = 0; i < sizeof(needs) / sizeof(needs[0]); i++)
         if (strcmp(needs[i].isa, isa) == 0 && !kv_cpu_has(needs[i].feature))
             return 0;
@@ -53,6 +63,11 @@ static void choose(void) {
     for (int i = 0; i < NUM_COMPILED; i++)
         if (cpu_runs(compiled[i]->isa))
             available[count++] = compiled[i]->isa;
+    if (strcmp(available[0], "avx512_bf16") == 0 && !kv_cpu_dots_fast()) {
+        const char *slower = available[0];
+        available[0] = available[1];
+        available[1] = slower;
+    }
     const char *wanted = getenv("KVCORE_ISA");
     atomic_store(&active, find(wanted && *wanted ? wanted : available[0]));
 }

@@ -1,6 +1,11 @@
-/* All kernels, compiled with the lanes that were included before this file. */
+/* All kernels, compiled with the lanes that were included before this file. A unit whose ISA has
+ * dot products of bf16 pairs defines KV_HAS_DOT_BF16 as 1. */
 
 #include "kernels.h"
+
+#if !defined(KV_HAS_DOT_BF16)
+#define KV_HAS_DOT_BF16 0
+#endif
 
 #include "convert_kernel.h"
 
@@ -10,6 +15,10 @@
 
 #include "prefill_kernel.h"
 
+#if KV_HAS_DOT_BF16
+#include "dot_prefill_kernel.h"
+#endif
+
 #include "split_kernel.h"
 
 #include "linear_kernel.h"
@@ -17,6 +26,7 @@
 #define KV_KERNEL_TABLE(name)                 \
     {                                         \
         .isa = name,                          \
+        .has_dot_bf16 = KV_HAS_DOT_BF16,      \
         .convert = kv_convert,                \
         .pack_queries = kv_pack_queries,      \
         .attend_split = kv_attend_split,      \

@@ -12,6 +12,7 @@ enum {
     KV_TILE_ROWS = 240, /* most query rows that share one pass over a split */
     KV_BLOCK_ROWS = 48, /* ... of which this many have their scores at a time */
     KV_MANY_ROWS = 16,  /* from so many on, lanes are rows: prefill_kernel.h */
+    KV_DOT_TOKENS = 32, /* new tokens from which on a sequence may take dots */
     KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
 };
 
@@ -39,6 +40,8 @@ typedef struct kv_partial {
 
 typedef struct kv_split_task {
     const float *panels; /* the queries, by pack_queries */
+    int32_t dots; /* for dot_prefill_kernel.h: in how many bf16 terms queries are given; or 0 */
+    float scale;  /* with dots, of the scores; otherwise the queries have it */
     int32_t num_rows, q_width, o_width;
     const int32_t *visible; /* [num_rows] where what a row sees of the split ends; without `seen`
                                it sees all before, and `visible` never decreases */
@@ -65,14 +68,15 @@ typedef struct kv_linear_task {
 
 typedef struct kv_kernels {
     const char *isa;
+    int has_dot_bf16; /* whether tasks with `dots` may be given */
     /* `count` elements, dense on both sides, from one float format to another. */
     void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
                     int64_t count);
     /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, in the order in
      * which attend_split reads them: as many floats, for KV_MANY_ROWS rows or more those of a
-     * multiple of KV_BLOCK_ROWS rows. */
+     * multiple of KV_BLOCK_ROWS rows. With `dots` they are not scaled. */
     void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
-                         float *panels);
+                         int dots, float *panels);
     void (*attend_split)(const kv_split_task *task);
     /* Folds `from`, whose tokens come later, into `into`. */
     void (*merge_partial)(const kv_partial *into, const kv_partial *from, int32_t num_rows,
@@ -91,6 +95,7 @@ extern const kv_kernels kv_kernels_scalar;
 #if defined(__x86_64__)
 extern const kv_kernels kv_kernels_avx2;
 extern const kv_kernels kv_kernels_avx512;
+extern const kv_kernels kv_kernels_avx512_bf16;
 #endif
 #if defined(__aarch64__)
 extern const kv_kernels kv_kernels_neon;

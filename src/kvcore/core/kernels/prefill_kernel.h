@@ -189,9 +189,9 @@ static void kv_adjust_rows(const kv_split_task *task, float *scores, int32_t row
     }
 }
 
-/* Turns `count` scores of a vector of rows into exp(s - m); sets m and l. */
-KV_INLINE void kv_softmax_rows(float *scores, int32_t count, kv_vec *m, kv_vec *l) {
-    kv_vec tops[4], sums[KV_LANES];
+/* The largest of `count` scores, for a vector of rows. */
+KV_INLINE kv_vec kv_top_rows(const float *scores, int32_t count) {
+    kv_vec tops[4];
     KV_UNROLL
     for (int i = 0; i < 4; i++)
         tops[i] = kv_load(scores);
@@ -202,11 +202,16 @@ KV_INLINE void kv_softmax_rows(float *scores, int32_t count, kv_vec *m, kv_vec *
         tops[i] = kv_max(tops[i], kv_load(scores + (j + i) * KV_BLOCK_ROWS));
     for (; j < count; j++)
         tops[0] = kv_max(tops[0], kv_load(scores + j * KV_BLOCK_ROWS));
-    *m = kv_max(kv_max(tops[0], tops[1]), kv_max(tops[2], tops[3]));
+    return kv_max(kv_max(tops[0], tops[1]), kv_max(tops[2], tops[3]));
+}
 
+/* Turns `count` scores of a vector of rows into exp(s - m); sets m and l. */
+KV_INLINE void kv_softmax_rows(float *scores, int32_t count, kv_vec *m, kv_vec *l) {
+    kv_vec sums[KV_LANES];
+    *m = kv_top_rows(scores, count);
     for (int i = 0; i < KV_LANES; i++)
         sums[i] = kv_zero();
-    for (j = 0; j < count; j++) {
+    for (int32_t j = 0; j < count; j++) {
         const kv_vec p = kv_exp(kv_sub(kv_load(scores + j * KV_BLOCK_ROWS), *m));
         sums[j % KV_LANES] = kv_add(sums[j % KV_LANES], p);
         kv_store(scores + j * KV_BLOCK_ROWS, p);
@@ -217,8 +222,10 @@ KV_INLINE void kv_softmax_rows(float *scores, int32_t count, kv_vec *m, kv_vec *
     *l = sums[0];
 }
 
-static void kv_softmax_block(const kv_split_task *task, int32_t row, int32_t num_rows,
-                             int32_t count) {
+typedef void kv_softmax_function(float *scores, int32_t count, kv_vec *m, kv_vec *l);
+
+KV_INLINE void kv_softmax_block(const kv_split_task *task, int32_t row, int32_t num_rows,
+                                int32_t count, kv_softmax_function *softmax_rows) {
     const int adjusts = task->slopes || task->softcap > 0.0f;
     for (int32_t r = 0; r < num_rows && adjusts; r += KV_LANES)
         kv_adjust_rows(task, task->scores + r, row + r,
@@ -227,7 +234,7 @@ static void kv_softmax_block(const kv_split_task *task, int32_t row, int32_t num
     for (int32_t r = 0; r < num_rows; r += KV_LANES) {
         const int n = num_rows - r < KV_LANES ? num_rows - r : KV_LANES;
         kv_vec m, l;
-        kv_softmax_rows(task->scores + r, count, &m, &l);
+        softmax_rows(task->scores + r, count, &m, &l);
         kv_store_elements(KV_FORMAT_FP32, (char *)task->out.m, row + r, m, n);
         kv_store_elements(KV_FORMAT_FP32, (char *)task->out.l, row + r, l, n);
     }
@@ -288,9 +295,14 @@ KV_INLINE void kv_value_dims(const kv_split_task *task, int num_rows, int32_t ro
 }
 
 /* Tokens [begin, end), all of which num_rows rows from `r` of the block on see: KV_TILE_SCALARS, 4
- * or 1. The first stretch of a row is fresh, though there may be nothing in it. */
+ * or 1. The first stretch of a row is fresh, though there may be nothing in it.
+ * `values` are the split's, as the function takes them. */
+typedef void kv_stretch_function(const kv_split_task *task, int num_rows, int32_t row, int32_t r,
+                                 const void *values, int32_t begin, int32_t end, int fresh);
+
 static void kv_value_stretch(const kv_split_task *task, int num_rows, int32_t row, int32_t r,
-                             const float *const *v, int32_t begin, int32_t end, int fresh) {
+                             const void *values, int32_t begin, int32_t end, int fresh) {
+    const float *const *v = values;
     if (begin >= end && !fresh)
         return;
     if (num_rows == KV_TILE_SCALARS)
@@ -303,7 +315,7 @@ static void kv_value_stretch(const kv_split_task *task, int num_rows, int32_t ro
 
 /* Tokens [begin, end) of one word of `seen`: stretches that the same rows see, in order. */
 static void kv_value_word(const kv_split_task *task, int num_rows, int32_t row, int32_t r,
-                          const float *const *v, int32_t w) {
+                          const void *values, kv_stretch_function *sum_values, int32_t w) {
     uint32_t changes = 0, all = UINT32_MAX, any = 0;
     const uint32_t *seen = task->seen + (int64_t)(row + r) * KV_SPLIT_WORDS + w;
     for (int i = 0; i < num_rows; i++) {
@@ -316,22 +328,22 @@ static void kv_value_word(const kv_split_task *task, int num_rows, int32_t row, 
         const uint32_t left = changes >> begin;
         end = left ? begin + __builtin_ctz(left) + 1 : 32;
         if (all >> begin & 1)
-            kv_value_stretch(task, num_rows, row, r, v, 32 * w + begin, 32 * w + end, 0);
+            sum_values(task, num_rows, row, r, values, 32 * w + begin, 32 * w + end, 0);
         else if (any >> begin & 1)
             for (int i = 0; i < num_rows; i++)
                 if (seen[i * KV_SPLIT_WORDS] >> begin & 1)
-                    kv_value_stretch(task, 1, row, r + i, v, 32 * w + begin, 32 * w + end, 0);
+                    sum_values(task, 1, row, r + i, values, 32 * w + begin, 32 * w + end, 0);
     }
 }
 
 /* num_rows rows from `r` of the block that begins at `row`. */
 static void kv_value_rows(const kv_split_task *task, int num_rows, int32_t row, int32_t r,
-                          const float *const *v) {
+                          const void *values, kv_stretch_function *sum_values) {
     const int32_t *visible = task->visible + row + r;
     if (!task->seen) {
-        kv_value_stretch(task, num_rows, row, r, v, 0, visible[0], 1);
+        sum_values(task, num_rows, row, r, values, 0, visible[0], 1);
         for (int i = 1; i < num_rows; i++)
-            kv_value_stretch(task, 1, row, r + i, v, visible[0], visible[i], 0);
+            sum_values(task, 1, row, r + i, values, visible[0], visible[i], 0);
         return;
     }
     int32_t whole = 0; /* words that all rows see whole and that are not summed yet */
@@ -343,25 +355,25 @@ static void kv_value_rows(const kv_split_task *task, int num_rows, int32_t row, 
             whole++;
             continue;
         }
-        kv_value_stretch(task, num_rows, row, r, v, 32 * (w - whole), 32 * w, 0);
-        kv_value_word(task, num_rows, row, r, v, w);
+        sum_values(task, num_rows, row, r, values, 32 * (w - whole), 32 * w, 0);
+        kv_value_word(task, num_rows, row, r, values, sum_values, w);
         whole = 0;
     }
-    kv_value_stretch(task, num_rows, row, r, v, KV_SPLIT - 32 * whole, KV_SPLIT, 0);
+    sum_values(task, num_rows, row, r, values, KV_SPLIT - 32 * whole, KV_SPLIT, 0);
 }
 
 static void kv_value_block(const kv_split_task *task, int32_t row, int32_t num_rows,
-                           const float *const *v) {
+                           const void *values, kv_stretch_function *sum_values) {
     int32_t r = 0;
     if (task->seen)
         memset(task->out.o + (int64_t)row * task->o_width, 0,
                (size_t)num_rows * (size_t)task->o_width * sizeof(float));
     for (; r + KV_TILE_SCALARS <= num_rows; r += KV_TILE_SCALARS)
-        kv_value_rows(task, KV_TILE_SCALARS, row, r, v);
+        kv_value_rows(task, KV_TILE_SCALARS, row, r, values, sum_values);
     for (; r + 4 <= num_rows; r += 4)
-        kv_value_rows(task, 4, row, r, v);
+        kv_value_rows(task, 4, row, r, values, sum_values);
     for (; r < num_rows; r++)
-        kv_value_rows(task, 1, row, r, v);
+        kv_value_rows(task, 1, row, r, values, sum_values);
 }
 
 /* ---- one split ------------------------------------------------------------------------------- */
@@ -372,6 +384,12 @@ typedef struct kv_fetch {
     int32_t run, token; /* the next to fetch */
     int32_t k_bytes, v_bytes;
 } kv_fetch;
+
+static kv_fetch kv_fetch_next(const kv_split_task *task) {
+    return (kv_fetch){.runs = task->next,
+                      .k_bytes = task->head_dim * (task->k_format == KV_FORMAT_FP32 ? 4 : 2),
+                      .v_bytes = task->head_dim_v * (task->v_format == KV_FORMAT_FP32 ? 4 : 2)};
+}
 
 static void kv_fetch_tokens(kv_fetch *fetch, int32_t num_tokens) {
     for (; num_tokens > 0 && fetch->run < fetch->runs->num_runs; num_tokens--) {
@@ -387,8 +405,9 @@ static void kv_fetch_tokens(kv_fetch *fetch, int32_t num_tokens) {
     }
 }
 
-static int kv_tile_is_seen(const uint32_t *seen, int32_t t) {
-    return seen[t / 32] >> t % 32 & ((1u << KV_TILE_TOKENS) - 1);
+/* Whether one of num_tokens tokens from t on is seen; t is a multiple of num_tokens. */
+static int kv_tile_is_seen(const uint32_t *seen, int32_t t, int num_tokens) {
+    return seen[t / 32] >> t % 32 & ((1u << num_tokens) - 1);
 }
 
 /* Bits of the tokens that at least one of the rows [row, row + num_rows) sees; returns their end. */
@@ -416,9 +435,7 @@ static void kv_attend_many(const kv_split_task *task) {
                  task->decoded, k);
     kv_list_rows(task->runs, task->runs->v, task->v_format, task->head_dim_v, task->o_width, seen,
                  task->decoded + KV_SPLIT * task->q_width, v);
-    kv_fetch fetch = {.runs = task->next,
-                      .k_bytes = task->head_dim * (task->k_format == KV_FORMAT_FP32 ? 4 : 2),
-                      .v_bytes = task->head_dim_v * (task->v_format == KV_FORMAT_FP32 ? 4 : 2)};
+    kv_fetch fetch = kv_fetch_next(task);
     const int32_t fetched = KV_SPLIT / (tiles > 0 ? tiles : 1) + 1; /* tokens, by each tile */
     for (int32_t row = 0; row < task->num_rows; row += KV_BLOCK_ROWS) {
         const int32_t left = task->num_rows - row;
@@ -430,10 +447,10 @@ static void kv_attend_many(const kv_split_task *task) {
         }
         for (int32_t t = 0; t < count; t += KV_TILE_TOKENS) {
             kv_fetch_tokens(&fetch, fetched);
-            if (kv_tile_is_seen(seen, t))
+            if (kv_tile_is_seen(seen, t, KV_TILE_TOKENS))
                 kv_score_tile(task, task->panels + (int64_t)row * task->q_width, num_rows, k, t);
         }
-        kv_softmax_block(task, row, num_rows, count);
-        kv_value_block(task, row, num_rows, v);
+        kv_softmax_block(task, row, num_rows, count, kv_softmax_rows);
+        kv_value_block(task, row, num_rows, v, kv_value_stretch);
     }
 }

@@ -31,7 +31,14 @@ static void kv_adjust_row(const kv_split_task *task, int32_t r) {
 }
 
 static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
-                            float *panels) {
+                            int dots, float *panels) {
+#if KV_HAS_DOT_BF16
+    if (dots) {
+        kv_dot_pack(q, num_rows, q_width, dots, panels);
+        return;
+    }
+#endif
+    (void)dots;
     if (num_rows >= KV_MANY_ROWS)
         kv_pack_blocks(q, num_rows, q_width, panels);
     else
@@ -39,6 +46,12 @@ static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, k
 }
 
 static void kv_attend_split(const kv_split_task *task) {
+#if KV_HAS_DOT_BF16
+    if (task->dots) {
+        kv_dot_attend(task);
+        return;
+    }
+#endif
     if (task->num_rows >= KV_MANY_ROWS) {
         kv_attend_many(task);
         return;

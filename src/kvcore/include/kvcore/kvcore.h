@@ -284,7 +284,8 @@ KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int3
 typedef struct kv_attend_options {
     size_t struct_size;
     float scale;   /* s = (q . k) * scale */
-    int32_t exact; /* non-zero: never take a path whose bits depend on how a prompt was chunked */
+    int32_t exact; /* non-zero: never take a path whose bits depend on how a prompt was chunked, as
+                      bf16 dot products are for sequences with 32 new tokens or more */
     int32_t non_causal;        /* non-zero: a sequence's tokens all see all of it */
     int32_t window;            /* only keys with i - window < j <= i are seen; 0: off */
     float softcap;             /* s = softcap * tanh(s / softcap); 0: off */
@@ -340,7 +341,9 @@ KV_API kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int
 KV_API kv_status kv_set_num_threads(int32_t num_threads, int32_t oversubscribe);
 KV_API int32_t kv_get_num_threads(void);
 
-/* "scalar", "avx2", "avx512", "neon": chosen once from CPUID and the OS's state, or by KVCORE_ISA.
+/* "scalar", "avx2", "avx512", "avx512_bf16", "neon": chosen once from CPUID and the OS's state, or by
+ * KVCORE_ISA. "avx512_bf16" is "avx512" but for prompts over bf16 caches (see kv_attend_options.exact), and is chosen
+ * where it is expected to be faster: on AMD's CPUs.
  * Where KVCORE_ISA names one that is not there, it is "none", and data-plane calls return
  * KV_ERR_UNSUPPORTED. kv_set_isa is for tests and comparisons; call it while no data-plane call
  * runs. */
@@ -348,7 +351,9 @@ KV_API const char *kv_get_isa(void);
 KV_API kv_status kv_set_isa(const char *name);
 /* Names of the ISAs that this build and CPU can run, best first; NULL ends the list. */
 KV_API const char *const *kv_available_isas(void);
-/* Names of the CPU's features that kernels may use ("avx512_bf16", ...); NULL ends the list. */
+/* Names of the CPU's features that kernels may use ("avx512_bf16", ...); NULL ends the list. The
+ * variable KVCORE_CPU_FEATURES adds some that a hypervisor hides, as in "+avx512_bf16"; commas separate
+ * several. They are believed: an instruction that the CPU lacks ends the process. */
 KV_API const char *const *kv_cpu_features(void);
 
 #ifdef __cplusplus
