@@ -23,7 +23,13 @@ import kvcore
 
 
 class GroupConfig(Structure):
-    _fields_ = [(n, c_int32) for n in ("block_size", "num_blocks", "retention", "slack")]
+    _fields_ = [
+        (name, c_int32)
+        for name in (
+            *("block_size", "num_blocks", "retention", "slack"),
+            *("raw_blocks", "raw_first", "raw_last"),
+        )
+    ]
 
 
 class LayerConfig(Structure):
@@ -45,6 +51,7 @@ class GroupStats(Structure):
         ("struct_size", c_size_t),
         *((name, c_int32) for name in ("total", "in_use", "cached", "free")),
         *((name, c_int64) for name in ("allocations", "evictions", "copies", "released")),
+        ("reencoded_rows", c_int64),
     ]
 
 
@@ -69,6 +76,9 @@ class Plan(Structure):
         ("block_rows", POINTER(POINTER(c_int32))),
         ("buffer", POINTER(c_int32)),
         ("buffer_size", c_int64),
+        ("raw", c_void_p),
+        ("num_restores", c_int32),
+        ("restores", POINTER(c_int32)),
     ]
 
 
@@ -88,19 +98,24 @@ def load():
 
 
 class CCache:
-    """A kv_cache with the calls that the tests make."""
+    """A kv_cache with the calls that the tests make.
 
-    def __init__(self, spec, num_blocks):
+    raw: {group: (raw_blocks, raw_first, raw_last)} for the groups that keep raw rows.
+    """
+
+    def __init__(self, spec, num_blocks, raw=None):
+        raw = raw or {}
         self.library = load()
         groups = (GroupConfig * len(spec.groups))(
             *(
-                (g.block_size, n, g.retention or 0, g.slack)
-                for g, n in zip(spec.groups, num_blocks, strict=True)
+                (g.block_size, count, g.retention or 0, g.slack, *raw.get(number, (0, 0, 0)))
+                for number, (g, count) in enumerate(zip(spec.groups, num_blocks, strict=True))
             )
         )
         layers = (LayerConfig * spec.num_layers)(*((x.group, x.kv_source) for x in spec.layers))
         config = CacheConfig(ctypes.sizeof(CacheConfig), len(groups), groups, len(layers), layers)
         self.num_groups, self.spec = len(groups), spec
+        self.num_pools = len(groups) + len(raw)
         self.cache = c_void_p()
         self.call("cache_create", ctypes.byref(config), ctypes.byref(self.cache))
 
@@ -137,8 +152,9 @@ class CCache:
         self.call("sequence_fork", self.cache, *arguments)
         return out.value
 
-    def truncate(self, sequence, length):
-        self.call("sequence_truncate", self.cache, c_uint64(sequence), c_int32(length))
+    def truncate(self, sequence, length, exact=False):
+        arguments = c_uint64(sequence), c_int32(length), c_int32(exact)
+        self.call("sequence_truncate", self.cache, *arguments)
 
     def free(self, sequence):
         self.call("sequence_free", self.cache, c_uint64(sequence))

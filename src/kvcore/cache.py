@@ -27,16 +27,19 @@ from kvcore.units import format_bytes, parse_bytes
 
 @dataclass(frozen=True)
 class GroupStats:
-    """One group's blocks: in_use + cached + free = total.
+    """The blocks of a group, or of a group's raw rows: in_use + cached + free = total.
 
     Attributes:
+        name: "group 0", or "group 0, raw rows".
         total, in_use, cached, free: blocks now. Cached ones hold prefixes that no sequence uses.
         allocations: blocks handed out so far.
         evictions: cached blocks given up for new ones.
         copies: blocks copied on write.
         released: blocks that sequences let go because they lay behind the group's retention.
+        reencoded_rows: raw rows that a truncate or fork had lost and that were decoded again.
     """
 
+    name: str
     total: int
     in_use: int
     cached: int
@@ -45,6 +48,7 @@ class GroupStats:
     evictions: int
     copies: int
     released: int
+    reencoded_rows: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class CacheStats:
 
     Attributes:
         groups: each group's own counts.
-        total, in_use, cached, free, allocations, evictions, copies, released: their sums over the
-            groups.
+        total, in_use, cached, free, allocations, evictions, copies, released, reencoded_rows:
+            their sums over the groups.
         bytes: bytes of storage, allocated when the cache was made.
         num_sequences: live sequences.
         open_steps: steps begun and not closed.
@@ -103,6 +107,10 @@ class CacheStats:
     def released(self) -> int:
         return sum(group.released for group in self.groups)
 
+    @property
+    def reencoded_rows(self) -> int:
+        return sum(group.reencoded_rows for group in self.groups)
+
 
 class KVCache:
     """A paged, shareable key/value cache.
@@ -142,7 +150,7 @@ class KVCache:
         self._salts: dict[str | bytes, int] = {}
         self._control = ControlPlane(
             [
-                (group.block_size, n, group.retention or 0, group.slack)
+                (group.block_size, n, group.retention or 0, group.slack, 0, 0, 0)
                 for group, n in zip(spec.groups, self.num_blocks, strict=True)
             ],
             [(layer.group, layer.kv_source) for layer in spec.layers],
@@ -228,7 +236,7 @@ class KVCache:
     def stats(self) -> CacheStats:
         """Blocks by state, bytes, prefix hits, evictions and copies."""
         groups = tuple(
-            GroupStats(**_without_size(self._control.group_stats(group)))
+            GroupStats(f"group {group}", **_without_size(self._control.group_stats(group)))
             for group in range(len(self.spec.groups))
         )
         counts = _without_size(self._control.stats())

@@ -58,15 +58,23 @@ class Sequence:
         except TokensReleased:
             raise self._released(tokens) from None
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int, *, exact: bool = False) -> None:
         """Keeps the first `length` tokens (transformers calls it crop).
+
+        With quantized formats the rows that the next token reads raw may have been released. They
+        are then decoded from the encoded ones when the next step begins (counted in
+        `stats().reencoded_rows`), and what follows is no longer published for prefix reuse.
+
+        Args:
+            length: tokens to keep.
+            exact: rather raise TokensReleased than lose raw rows so.
 
         Raises:
             SequenceBusy, SequenceFreed, TokensReleased: as for `fork`.
         """
         kept = checks.integer(length, "length", 0, len(self))
         try:
-            self.cache._control.truncate(self._live(), kept)
+            self.cache._control.truncate(self._live(), kept, exact)
         except TokensReleased:
             raise self._released(kept) from None
 

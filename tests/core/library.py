@@ -66,6 +66,9 @@ class Plan(ct.Structure):
         ("block_rows", ptr),
         ("buffer", ptr),
         ("buffer_size", i64),
+        ("raw", ptr),
+        ("num_restores", i32),
+        ("restores", ptr),
     ]
 
 

@@ -20,6 +20,7 @@ cdef class Plan:
     cdef kv_plan c
     cdef const int32_t **rows
     cdef object owner
+    cdef readonly Plan raw
     cdef object __weakref__
 
 

@@ -114,7 +114,10 @@ cdef object copied(const int32_t *data, int64_t count):
 
 
 cdef class Plan:
-    """What a step means for one group; see kv_plan in kvcore.h. Properties return copies."""
+    """What a step means for one group; see kv_plan in kvcore.h. Properties return copies.
+
+    `raw` is the plan of the group's raw rows, or None.
+    """
 
     def __dealloc__(self):
         PyMem_Free(self.rows)
@@ -201,6 +204,14 @@ cdef class Plan:
         return copied(self.c.new_blocks, 3 * self.c.num_new_blocks).reshape(-1, 3)
 
     @property
+    def num_restores(self):
+        return self.c.num_restores
+
+    @property
+    def restores(self):
+        return copied(self.c.restores, 3 * self.c.num_restores).reshape(-1, 3)
+
+    @property
     def buffer(self):
         return copied(self.c.buffer, self.c.buffer_size)
 
@@ -240,15 +251,18 @@ cdef class ControlPlane:
     """Pools, sequences and steps: which token lives in which block."""
 
     def __cinit__(self, groups, layers):
-        """groups: (block_size, num_blocks, retention or 0, slack); layers: (group, kv_source)."""
+        """groups: (block_size, num_blocks, retention or 0, slack, raw_blocks, raw_first, raw_last);
+        layers: (group, kv_source)."""
         cdef kv_cache_config config
         cdef kv_group_config[16] group_configs
         cdef kv_layer_config *layer_configs
         cdef int i
         if len(groups) > KV_MAX_GROUPS:
             raise InvalidArgument(f"groups: at most {KV_MAX_GROUPS}, got {len(groups)}")
-        for i, (block_size, num_blocks, retention, slack) in enumerate(groups):
-            group_configs[i] = kv_group_config(block_size, num_blocks, retention, slack)
+        for i, (block_size, num_blocks, retention, slack, *raw) in enumerate(groups):
+            raw_blocks, raw_first, raw_last = raw
+            group_configs[i] = kv_group_config(block_size, num_blocks, retention, slack,
+                                               raw_blocks, raw_first, raw_last)
         layer_configs = <kv_layer_config *>PyMem_Malloc(len(layers) * sizeof(kv_layer_config) + 1)
         if layer_configs == NULL:
             raise MemoryError
@@ -287,8 +301,8 @@ cdef class ControlPlane:
         check(kv_sequence_fork(self.cache, source.value, length, &handle.value))
         return handle
 
-    def truncate(self, SequenceHandle sequence not None, int32_t length):
-        check(kv_sequence_truncate(self.cache, sequence.value, length))
+    def truncate(self, SequenceHandle sequence not None, int32_t length, bint exact):
+        check(kv_sequence_truncate(self.cache, sequence.value, length, exact))
 
     def free(self, SequenceHandle sequence not None):
         check(kv_sequence_free(self.cache, sequence.value))

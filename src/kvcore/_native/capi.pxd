@@ -43,6 +43,9 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int32_t num_blocks
         int32_t retention
         int32_t slack
+        int32_t raw_blocks
+        int32_t raw_first
+        int32_t raw_last
     ctypedef struct kv_layer_config:
         int32_t group
         int32_t kv_source
@@ -72,6 +75,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int64_t evictions
         int64_t copies
         int64_t released
+        int64_t reencoded_rows
     kv_status kv_cache_get_stats(const kv_cache *cache, kv_cache_stats *out)
     kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group, kv_group_stats *out)
     kv_status kv_cache_check(const kv_cache *cache, char *message, size_t message_size)
@@ -82,7 +86,8 @@ cdef extern from "kvcore/kvcore.h" nogil:
                                         int32_t num_tokens, uint64_t salt, kv_sequence *out)
     kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
                                kv_sequence *out)
-    kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length)
+    kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length,
+                                   int32_t exact)
     kv_status kv_sequence_free(kv_cache *cache, kv_sequence sequence)
     kv_status kv_sequence_length(const kv_cache *cache, kv_sequence sequence, int32_t *out)
     kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
@@ -119,6 +124,9 @@ cdef extern from "kvcore/kvcore.h" nogil:
         const int32_t *const *block_rows
         const int32_t *buffer
         int64_t buffer_size
+        const kv_plan *raw
+        int32_t num_restores
+        const int32_t *restores
     kv_status kv_step_get_plan(const kv_step *step, int32_t group, kv_plan *out)
     kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t width)
 

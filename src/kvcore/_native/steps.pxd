@@ -1,4 +1,5 @@
-from kvcore._native.capi cimport kv_step
+from kvcore._native.blocks cimport Plan
+from kvcore._native.capi cimport kv_plan, kv_step
 
 
 cdef class NativeStep:
@@ -7,3 +8,4 @@ cdef class NativeStep:
     cdef tuple handles
     cdef readonly tuple sequences
     cdef int close(self) except -1
+    cdef Plan wrap(self, const kv_plan *c)

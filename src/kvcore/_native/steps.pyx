@@ -37,7 +37,9 @@ cdef class NativeStep:
             (<Plan>plan).c.num_tokens = 0
             (<Plan>plan).c.num_copies = 0
             (<Plan>plan).c.num_new_blocks = 0
+            (<Plan>plan).c.num_restores = 0
             (<Plan>plan).c.buffer_size = 0
+            (<Plan>plan).c.raw = NULL
         return 0
 
     @property
@@ -76,8 +78,14 @@ cdef class NativeStep:
         check(kv_step_check_attend(self.step, layer))
 
     def plan(self, int32_t group):
+        cdef kv_plan plan
+        check(kv_step_get_plan(self.step, group, &plan))
+        return self.wrap(&plan)
+
+    cdef Plan wrap(self, const kv_plan *c):
         cdef Plan plan = Plan.__new__(Plan)
-        check(kv_step_get_plan(self.step, group, &plan.c))
+        plan.c = c[0]
+        plan.raw = self.wrap(c.raw) if c.raw != NULL else None
         plan.owner = self
         # Weakly, as the plan holds the step: a cycle would keep an abandoned step's sequences
         # locked until the next garbage collection.

@@ -16,6 +16,8 @@ kv_status kv_pool_init(kv_pool *pool, const kv_group_config *config) {
                       .num_blocks = count,
                       .retention = config->retention,
                       .slack = config->slack,
+                      .raw = KV_NO_POOL,
+                      .source = KV_NO_POOL,
                       .num_free = count};
     pool->oldest = pool->newest = -1;
     const size_t n = (size_t)count;
@@ -35,6 +37,22 @@ kv_status kv_pool_init(kv_pool *pool, const kv_group_config *config) {
         pool->free_stack[i] = count - 1 - i; /* a new cache hands out 0, 1, 2, ... */
     }
     return KV_OK;
+}
+
+kv_status kv_pool_init_raw(kv_pool *pool, const kv_group_config *config, int32_t source) {
+    const int32_t first = config->raw_first, last = config->raw_last;
+    if (first < 0 || first > KV_RAW_BLOCK_SIZE || last < 0 || last % KV_RAW_BLOCK_SIZE != 0) {
+        return KV_ERR_VALUE;
+    }
+    /* The rows of a block that is not full yet stay in any case: they are still to be encoded. */
+    const kv_group_config own = {.block_size = KV_RAW_BLOCK_SIZE,
+                                 .num_blocks = config->raw_blocks,
+                                 .retention = last > 0 ? last : 1,
+                                 .slack = config->slack};
+    const kv_status status = kv_pool_init(pool, &own);
+    pool->pinned = first > 0;
+    pool->source = source;
+    return status;
 }
 
 void kv_pool_destroy(kv_pool *pool) {

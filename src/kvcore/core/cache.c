@@ -33,6 +33,20 @@ static kv_status check_layers(const kv_cache_config *config) {
     return KV_OK;
 }
 
+/* KV_ERR_VALUE also for raw rows that have no blocks to lie in. */
+static kv_status count_pools(const kv_cache_config *config, int32_t *out) {
+    *out = config->num_groups;
+    for (int32_t g = 0; g < config->num_groups; g++) {
+        const kv_group_config *group = &config->groups[g];
+        if (group->raw_blocks < 0 ||
+            (group->raw_blocks == 0 && (group->raw_first != 0 || group->raw_last != 0))) {
+            return KV_ERR_VALUE;
+        }
+        *out += group->raw_blocks > 0;
+    }
+    return *out <= KV_MAX_GROUPS ? KV_OK : KV_ERR_VALUE;
+}
+
 static kv_status init_pools(kv_cache *cache, const kv_cache_config *config) {
     for (int32_t g = 0; g < config->num_groups; g++) {
         const kv_status status = kv_pool_init(&cache->pools[g], &config->groups[g]);
@@ -40,7 +54,18 @@ static kv_status init_pools(kv_cache *cache, const kv_cache_config *config) {
             return status;
         }
     }
-    return kv_prefix_init(&cache->prefixes, cache->pools, cache->num_groups);
+    int32_t raw = config->num_groups;
+    for (int32_t g = 0; g < config->num_groups; g++) {
+        if (config->groups[g].raw_blocks == 0) {
+            continue;
+        }
+        const kv_status status = kv_pool_init_raw(&cache->pools[raw], &config->groups[g], g);
+        if (status != KV_OK) {
+            return status;
+        }
+        cache->pools[g].raw = raw++;
+    }
+    return kv_prefix_init(&cache->prefixes, cache->pools, cache->num_pools);
 }
 
 static void free_cache(kv_cache *cache) {
@@ -51,8 +76,8 @@ static void free_cache(kv_cache *cache) {
     }
     kv_sequences_destroy(&cache->sequences);
     kv_prefix_destroy(&cache->prefixes);
-    for (int32_t g = 0; cache->pools && g < cache->num_groups; g++) {
-        kv_pool_destroy(&cache->pools[g]);
+    for (int32_t p = 0; cache->pools && p < cache->num_pools; p++) {
+        kv_pool_destroy(&cache->pools[p]);
     }
     free(cache->pools);
     free(cache->layers);
@@ -68,7 +93,9 @@ kv_status kv_cache_create(const kv_cache_config *config, kv_cache **out) {
         config->num_groups > KV_MAX_GROUPS || config->num_layers < 1) {
         return KV_ERR_VALUE;
     }
+    int32_t num_pools = 0;
     kv_status status = check_layers(config);
+    status = status == KV_OK ? count_pools(config, &num_pools) : status;
     if (status != KV_OK) {
         return status;
     }
@@ -78,9 +105,10 @@ kv_status kv_cache_create(const kv_cache_config *config, kv_cache **out) {
     }
     pthread_mutex_init(&cache->lock, NULL);
     cache->num_groups = config->num_groups;
+    cache->num_pools = num_pools;
     cache->num_layers = config->num_layers;
-    kv_sequences_init(&cache->sequences, config->num_groups, next_cache_id());
-    cache->pools = calloc((size_t)config->num_groups, sizeof *cache->pools);
+    kv_sequences_init(&cache->sequences, num_pools, next_cache_id());
+    cache->pools = calloc((size_t)num_pools, sizeof *cache->pools);
     cache->layers = malloc((size_t)config->num_layers * sizeof *cache->layers);
     if (cache->pools && cache->layers) {
         memcpy(cache->layers, config->layers, (size_t)config->num_layers * sizeof *cache->layers);
@@ -107,22 +135,22 @@ kv_status kv_cache_destroy(kv_cache *cache) {
     return KV_OK;
 }
 
-int32_t kv_cache_take_block(kv_cache *cache, int32_t group) {
-    kv_pool *pool = &cache->pools[group];
-    if (pool->num_free == 0) {
-        kv_prefix_evict(&cache->prefixes, group);
-        pool->evictions++;
+int32_t kv_cache_take_block(kv_cache *cache, int32_t pool) {
+    kv_pool *from = &cache->pools[pool];
+    if (from->num_free == 0) {
+        kv_prefix_evict(&cache->prefixes, pool);
+        from->evictions++;
     }
-    return kv_pool_take(pool);
+    return kv_pool_take(from);
 }
 
 static int publish_span(kv_cache *cache, kv_sequence_state *state) {
     kv_prefix_index *prefixes = &cache->prefixes;
     const int32_t *tokens = state->tokens + (size_t)state->num_published * (size_t)prefixes->span;
     const int32_t *blocks[KV_MAX_GROUPS];
-    for (int32_t g = 0; g < cache->num_groups; g++) {
-        const int32_t per_span = prefixes->span / cache->pools[g].block_size;
-        blocks[g] = state->rows[g].blocks + (size_t)state->num_published * (size_t)per_span;
+    for (int32_t p = 0; p < cache->num_pools; p++) {
+        const int32_t per_span = prefixes->span / cache->pools[p].block_size;
+        blocks[p] = state->rows[p].blocks + (size_t)state->num_published * (size_t)per_span;
     }
     if (kv_prefix_advance(prefixes, &state->cursor, tokens)) {
         /* Another sequence published the same tokens: this one keeps its own blocks. */
@@ -182,7 +210,7 @@ kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group, kv_grou
     if (out->struct_size != sizeof *out) {
         return KV_ERR_VALUE;
     }
-    if (group < 0 || group >= cache->num_groups) {
+    if (group < 0 || group >= cache->num_pools) {
         return KV_ERR_RANGE;
     }
     kv_cache_lock(cache);
@@ -195,6 +223,7 @@ kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group, kv_grou
     out->evictions = pool->evictions;
     out->copies = pool->copies;
     out->released = pool->released;
+    out->reencoded_rows = pool->reencoded_rows;
     kv_cache_unlock(cache);
     return KV_OK;
 }
@@ -204,9 +233,9 @@ kv_status kv_cache_drop_prefixes(kv_cache *cache) {
         return KV_ERR_NULL;
     }
     kv_cache_lock(cache);
-    for (int32_t g = 0; g < cache->num_groups; g++) {
-        while (cache->pools[g].num_cached > 0) {
-            kv_prefix_evict(&cache->prefixes, g);
+    for (int32_t p = 0; p < cache->num_pools; p++) {
+        while (cache->pools[p].num_cached > 0) {
+            kv_prefix_evict(&cache->prefixes, p);
         }
     }
     kv_cache_unlock(cache);

@@ -10,8 +10,8 @@
 
 struct kv_cache {
     pthread_mutex_t lock;
-    int32_t num_groups, num_layers;
-    kv_pool *pools;          /* [num_groups] */
+    int32_t num_groups, num_pools, num_layers;
+    kv_pool *pools;          /* [num_pools] the groups', then those of raw rows */
     kv_layer_config *layers; /* [num_layers] */
     kv_prefix_index prefixes;
     kv_sequence_table sequences;
@@ -23,9 +23,9 @@ struct kv_cache {
 
 /* All below run under the lock. */
 
-/* A free block of a group, evicting the least recently used prefix when none is. One must be
+/* A free block of a pool, evicting the least recently used prefix when none is. One must be
  * available. */
-int32_t kv_cache_take_block(kv_cache *cache, int32_t group);
+int32_t kv_cache_take_block(kv_cache *cache, int32_t pool);
 /* Makes the whole spans of a sequence whose tokens are known findable by later sequences. */
 void kv_cache_publish(kv_cache *cache, kv_sequence_state *state);
 /* The live sequence behind a handle, when no step holds it. */

@@ -9,12 +9,14 @@ static void count_holds(const kv_cache *cache, int32_t group, int32_t *holds) {
     for (int32_t s = 0; s < cache->sequences.count; s++) {
         const kv_sequence_state *state = &cache->sequences.states[s];
         const kv_block_row *row = &state->rows[group];
-        for (int32_t i = row->first; state->live && i < row->count; i++) {
-            holds[row->blocks[i]]++;
+        for (int32_t i = 0; state->live && i < row->count; i++) {
+            if (kv_row_holds(&cache->pools[group], row, i)) {
+                holds[row->blocks[i]]++;
+            }
         }
     }
     for (const kv_step *step = cache->open_steps; step; step = step->next) {
-        const kv_step_group *part = &step->groups[group];
+        const kv_step_pool *part = &step->pools[group];
         for (int64_t c = 0; c < part->num_copies; c++) {
             holds[part->copies[3 * c]]++;
         }
@@ -65,12 +67,14 @@ static const char *check_row(const kv_pool *pool, const kv_sequence_state *state
     if (!state->step && row->count != kv_columns(state->length, pool->block_size)) {
         return "a sequence has more or fewer blocks than its length needs";
     }
-    if (row->first < 0 || row->first > kv_first_column(pool, state->length)) {
+    const kv_lost_columns lost = kv_row_lost(pool, row, state->length);
+    if (row->first < 0 || (lost.first < lost.stop && pool->source == KV_NO_POOL)) {
         return "a sequence has released blocks that its next token may read";
     }
     for (int32_t i = 0; i < row->count; i++) {
         const int32_t block = row->blocks[i];
-        if (i < row->first ? block != KV_NO_BLOCK : block < 0 || block >= pool->num_blocks) {
+        if (kv_row_holds(pool, row, i) ? block < 0 || block >= pool->num_blocks
+                                       : block != KV_NO_BLOCK) {
             return "a sequence holds a released block, or misses one that is not";
         }
     }
@@ -80,7 +84,7 @@ static const char *check_row(const kv_pool *pool, const kv_sequence_state *state
 static const char *check_rows(const kv_cache *cache) {
     for (int32_t s = 0; s < cache->sequences.count; s++) {
         const kv_sequence_state *state = &cache->sequences.states[s];
-        for (int32_t g = 0; state->live && g < cache->num_groups; g++) {
+        for (int32_t g = 0; state->live && g < cache->num_pools; g++) {
             const char *wrong = check_row(&cache->pools[g], state, &state->rows[g]);
             if (wrong) {
                 return wrong;
@@ -92,7 +96,7 @@ static const char *check_rows(const kv_cache *cache) {
 
 static kv_status check_locked(const kv_cache *cache, char *message, size_t message_size) {
     const char *wrong = check_rows(cache); /* first: the blocks that rows name are counted next */
-    for (int32_t g = 0; g < cache->num_groups && !wrong; g++) {
+    for (int32_t g = 0; g < cache->num_pools && !wrong; g++) {
         int32_t *scratch = calloc(2 * (size_t)cache->pools[g].num_blocks, sizeof *scratch);
         if (!scratch) {
             return KV_ERR_NO_MEMORY;

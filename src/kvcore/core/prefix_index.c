@@ -3,17 +3,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int32_t blocks_of(const kv_prefix_index *index, int32_t group) {
-    return index->span / index->pools[group].block_size;
+static int32_t blocks_of(const kv_prefix_index *index, int32_t p) {
+    return index->span / index->pools[p].block_size;
 }
 
-static int may_lack(const kv_prefix_index *index, int32_t group) {
-    return index->pools[group].retention != index->retention;
+static int may_lack(const kv_prefix_index *index, int32_t p) {
+    const kv_pool *pool = &index->pools[p];
+    return pool->source != KV_NO_POOL || pool->retention != index->retention;
 }
 
-static int32_t longest_retention(const kv_pool *pools, int32_t num_groups) {
+static int32_t longest_retention(const kv_pool *pools, int32_t num_pools) {
     int32_t longest = pools[0].retention;
-    for (int32_t g = 1; g < num_groups && longest > 0; g++) {
+    for (int32_t g = 1; g < num_pools && pools[g].source == KV_NO_POOL && longest > 0; g++) {
         const int32_t retention = pools[g].retention;
         longest = retention == 0 || retention > longest ? retention : longest;
     }
@@ -23,22 +24,22 @@ static int32_t longest_retention(const kv_pool *pools, int32_t num_groups) {
 /* No pool can list more spans than it has room for, so the tables never grow. */
 static int32_t count_nodes(const kv_prefix_index *index) {
     int32_t least = INT32_MAX;
-    for (int32_t g = 0; g < index->num_groups; g++) {
+    for (int32_t g = 0; g < index->num_pools; g++) {
         const int32_t nodes = index->pools[g].num_blocks / blocks_of(index, g);
         least = nodes < least && !may_lack(index, g) ? nodes : least;
     }
     return least;
 }
 
-kv_status kv_prefix_init(kv_prefix_index *index, kv_pool *pools, int32_t num_groups) {
+kv_status kv_prefix_init(kv_prefix_index *index, kv_pool *pools, int32_t num_pools) {
     *index = (kv_prefix_index){.pools = pools,
-                               .num_groups = num_groups,
-                               .retention = longest_retention(pools, num_groups),
+                               .num_pools = num_pools,
+                               .retention = longest_retention(pools, num_pools),
                                .free_node = -1};
-    for (int32_t g = 0; g < num_groups; g++) {
+    for (int32_t g = 0; g < num_pools; g++) {
         index->span = pools[g].block_size > index->span ? pools[g].block_size : index->span;
     }
-    for (int32_t g = 0; g < num_groups; g++) {
+    for (int32_t g = 0; g < num_pools; g++) {
         index->blocks_per_node += blocks_of(index, g);
     }
     index->num_nodes = count_nodes(index);
@@ -79,16 +80,16 @@ static int32_t *node_tokens(const kv_prefix_index *index, int32_t node) {
     return index->tokens + (size_t)node * (size_t)index->span;
 }
 
-static kv_block_handle *node_blocks(const kv_prefix_index *index, int32_t node, int32_t group) {
+static kv_block_handle *node_blocks(const kv_prefix_index *index, int32_t node, int32_t p) {
     kv_block_handle *blocks = index->blocks + (size_t)node * (size_t)index->blocks_per_node;
-    for (int32_t g = 0; g < group; g++) {
+    for (int32_t g = 0; g < p; g++) {
         blocks += blocks_of(index, g);
     }
     return blocks;
 }
 
-const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node, int32_t group) {
-    return node_blocks(index, node, group);
+const kv_block_handle *kv_prefix_blocks(const kv_prefix_index *index, int32_t node, int32_t p) {
+    return node_blocks(index, node, p);
 }
 
 /* The finaliser of splitmix64 (Steele, Lea, Flood 2014), one round a token. */
@@ -140,10 +141,10 @@ static int is_listed(const kv_pool *pool, int32_t block) {
 }
 
 static int can_insert(const kv_prefix_index *index, const int32_t *const *blocks) {
-    for (int32_t g = 0; g < index->num_groups; g++) {
-        for (int32_t i = 0; i < blocks_of(index, g); i++) {
+    for (int32_t g = 0; g < index->num_pools; g++) {
+        for (int32_t i = 0; i < blocks_of(index, g) && !may_lack(index, g); i++) {
             const int32_t block = blocks[g][i];
-            if (block == KV_NO_BLOCK ? !may_lack(index, g) : is_listed(&index->pools[g], block)) {
+            if (block == KV_NO_BLOCK || is_listed(&index->pools[g], block)) {
                 return 0;
             }
         }
@@ -152,7 +153,7 @@ static int can_insert(const kv_prefix_index *index, const int32_t *const *blocks
 }
 
 void kv_prefix_fill(kv_prefix_index *index, int32_t n, const int32_t *const *blocks) {
-    for (int32_t g = 0; g < index->num_groups; g++) {
+    for (int32_t g = 0; g < index->num_pools; g++) {
         kv_pool *pool = &index->pools[g];
         kv_block_handle *handles = node_blocks(index, n, g);
         for (int32_t i = 0; i < blocks_of(index, g); i++) {
@@ -204,7 +205,7 @@ static void remove_node(kv_prefix_index *index, int32_t n) {
     node->serial = 0;
     node->next = index->free_node;
     index->free_node = n;
-    for (int32_t g = 0; g < index->num_groups; g++) {
+    for (int32_t g = 0; g < index->num_pools; g++) {
         const kv_block_handle *handles = node_blocks(index, n, g);
         /* Backwards, so that the first block of the span is the first to be handed out again. */
         for (int32_t i = blocks_of(index, g) - 1; i >= 0; i--) {
@@ -215,14 +216,14 @@ static void remove_node(kv_prefix_index *index, int32_t n) {
     }
 }
 
-void kv_prefix_evict(kv_prefix_index *index, int32_t group) {
-    kv_pool *pool = &index->pools[group];
+void kv_prefix_evict(kv_prefix_index *index, int32_t p) {
+    kv_pool *pool = &index->pools[p];
     const int32_t block = pool->oldest, n = pool->nodes[block];
-    if (!may_lack(index, group)) {
+    if (!may_lack(index, p)) {
         remove_node(index, n);
         return;
     }
-    kv_block_handle *handle = node_blocks(index, n, group);
+    kv_block_handle *handle = node_blocks(index, n, p);
     while (handle->block != block) {
         handle++;
     }
@@ -244,7 +245,7 @@ static int32_t count_reachable(const kv_prefix_index *index) {
 
 static int64_t count_listed(const kv_prefix_index *index) {
     int64_t listed = 0;
-    for (int32_t g = 0; g < index->num_groups; g++) {
+    for (int32_t g = 0; g < index->num_pools; g++) {
         for (int32_t block = 0; block < index->pools[g].num_blocks; block++) {
             listed += is_listed(&index->pools[g], block);
         }
@@ -260,7 +261,7 @@ const char *kv_prefix_check(const kv_prefix_index *index) {
             continue;
         }
         live++;
-        for (int32_t g = 0; g < index->num_groups; g++) {
+        for (int32_t g = 0; g < index->num_pools; g++) {
             const kv_block_handle *handles = node_blocks(index, n, g);
             for (int32_t i = 0; i < blocks_of(index, g); i++) {
                 const kv_pool *pool = &index->pools[g];

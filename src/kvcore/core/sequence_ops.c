@@ -5,14 +5,17 @@
 #include "cache.h"
 
 static void release_columns(kv_cache *cache, kv_sequence_state *state, int32_t length) {
-    for (int32_t g = 0; g < cache->num_groups; g++) {
-        kv_block_row *row = &state->rows[g];
-        const int32_t kept = kv_columns(length, cache->pools[g].block_size);
+    for (int32_t p = 0; p < cache->num_pools; p++) {
+        kv_pool *pool = &cache->pools[p];
+        kv_block_row *row = &state->rows[p];
+        const int32_t kept = kv_columns(length, pool->block_size);
         /* Backwards: a prefix is only found from its start, so its end is to be evicted first. */
-        while (row->count > kept && row->count > row->first) {
-            kv_pool_release(&cache->pools[g], row->blocks[--row->count]);
+        while (row->count > kept) {
+            const int32_t column = --row->count;
+            if (kv_row_holds(pool, row, column)) {
+                kv_pool_release(pool, row->blocks[column]);
+            }
         }
-        row->count = row->count < kept ? row->count : kept;
         row->first = row->first < row->count ? row->first : row->count;
     }
 }
@@ -32,7 +35,7 @@ kv_status kv_sequence_create(kv_cache *cache, kv_sequence *out) {
 }
 
 static kv_status reserve_rows(kv_cache *cache, kv_sequence_state *state, int32_t length) {
-    for (int32_t g = 0; g < cache->num_groups; g++) {
+    for (int32_t g = 0; g < cache->num_pools; g++) {
         const int32_t columns = kv_columns(length, cache->pools[g].block_size);
         const kv_status status = kv_row_reserve(&state->rows[g], columns);
         if (status != KV_OK) {
@@ -45,13 +48,13 @@ static kv_status reserve_rows(kv_cache *cache, kv_sequence_state *state, int32_t
 /* Takes over a node's blocks, for a sequence that will have `length` tokens. */
 static void adopt_span(kv_cache *cache, kv_sequence_state *state, int32_t length) {
     const int32_t span = cache->prefixes.span;
-    for (int32_t g = 0; g < cache->num_groups; g++) {
+    for (int32_t g = 0; g < cache->num_pools; g++) {
         kv_pool *pool = &cache->pools[g];
         kv_block_row *row = &state->rows[g];
         const kv_block_handle *blocks = kv_prefix_blocks(&cache->prefixes, state->cursor.node, g);
         row->first = kv_first_column(pool, length);
         for (int32_t i = 0; i < span / pool->block_size; i++) {
-            const int kept = row->count >= row->first;
+            const int kept = kv_row_holds(pool, row, row->count);
             if (kept) {
                 kv_pool_retain(pool, blocks[i].block);
             }
@@ -62,13 +65,27 @@ static void adopt_span(kv_cache *cache, kv_sequence_state *state, int32_t length
     state->length += span;
 }
 
+/* Which of a pool's blocks the nodes of a chain have, as far as a match has come. */
+typedef struct kv_presence {
+    int32_t first, last; /* unbroken runs of blocks: those at the start, and those before the end */
+} kv_presence;
+
+static void note_blocks(kv_presence *presence, const kv_block_handle *blocks, int32_t start,
+                        int32_t count) {
+    for (int32_t b = 0; b < count; b++) {
+        const int there = blocks[b].block != KV_NO_BLOCK;
+        presence->first += there && presence->first == start + b;
+        presence->last = there ? presence->last + 1 : 0;
+    }
+}
+
 /* The spans of the longest prefix of `tokens`, at most max_spans, that a sequence can start from: in
- * every group the blocks which its next token may read are still there. */
+ * every pool the blocks which its next token may read are still there. */
 static int32_t match_prefix(const kv_cache *cache, kv_prefix_cursor cursor, const int32_t *tokens,
                             int32_t max_spans) {
     const kv_prefix_index *prefixes = &cache->prefixes;
     const int32_t span = prefixes->span;
-    int32_t present[KV_MAX_GROUPS] = {0}; /* the unbroken run of blocks before the cursor */
+    kv_presence present[KV_MAX_GROUPS] = {0};
     int32_t usable = 0;
     for (int32_t i = 0; i < max_spans; i++) {
         if (!kv_prefix_advance(prefixes, &cursor, tokens + (size_t)i * (size_t)span)) {
@@ -76,13 +93,12 @@ static int32_t match_prefix(const kv_cache *cache, kv_prefix_cursor cursor, cons
         }
         const int32_t length = (i + 1) * span;
         int complete = 1;
-        for (int32_t g = 0; g < cache->num_groups; g++) {
-            const kv_pool *pool = &cache->pools[g];
-            const kv_block_handle *blocks = kv_prefix_blocks(prefixes, cursor.node, g);
-            for (int32_t b = 0; b < span / pool->block_size; b++) {
-                present[g] = blocks[b].block == KV_NO_BLOCK ? 0 : present[g] + 1;
-            }
-            complete &= present[g] >= length / pool->block_size - kv_first_column(pool, length);
+        for (int32_t p = 0; p < cache->num_pools; p++) {
+            const kv_pool *pool = &cache->pools[p];
+            const int32_t count = span / pool->block_size, columns = length / pool->block_size;
+            note_blocks(&present[p], kv_prefix_blocks(prefixes, cursor.node, p), i * count, count);
+            complete &= present[p].first >= pool->pinned &&
+                        present[p].last >= columns - kv_first_column(pool, length);
         }
         usable = complete ? i + 1 : usable;
     }
@@ -141,12 +157,13 @@ kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *tokens, int3
     return status;
 }
 
-/* Whether the sequence, cut to `length` tokens, would hold all that its next token may read. */
-static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, int32_t length) {
-    for (int32_t g = 0; g < cache->num_groups; g++) {
-        const kv_pool *pool = &cache->pools[g];
-        const int32_t first = kv_first_column(pool, length);
-        if (first < kv_columns(length, pool->block_size) && first < state->rows[g].first) {
+/* Whether the sequence, cut to `length` tokens, would hold all that its next token may read: in the
+ * groups, and if `exact` in the pools of raw rows too, which could be restored. */
+static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, int32_t length,
+                       int exact) {
+    for (int32_t p = 0; p < (exact ? cache->num_pools : cache->num_groups); p++) {
+        const kv_lost_columns lost = kv_row_lost(&cache->pools[p], &state->rows[p], length);
+        if (lost.first < lost.stop) {
             return 0;
         }
     }
@@ -155,7 +172,7 @@ static int can_shorten(const kv_cache *cache, const kv_sequence_state *state, in
 
 static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_sequence_state *to,
                           int32_t length) {
-    for (int32_t g = 0; g < cache->num_groups; g++) {
+    for (int32_t g = 0; g < cache->num_pools; g++) {
         kv_pool *pool = &cache->pools[g];
         const kv_block_row *source = &from->rows[g];
         kv_block_row *row = &to->rows[g];
@@ -163,7 +180,7 @@ static void share_columns(kv_cache *cache, const kv_sequence_state *from, kv_seq
         row->first = source->first < row->count ? source->first : row->count;
         for (int32_t i = 0; i < row->count; i++) {
             row->blocks[i] = source->blocks[i];
-            if (i >= row->first) {
+            if (kv_row_holds(pool, row, i)) {
                 kv_pool_retain(pool, row->blocks[i]);
             }
         }
@@ -180,7 +197,7 @@ static kv_status fork_state(kv_cache *cache, kv_sequence source, int32_t length,
     if (length < 0 || length > from->length) {
         return KV_ERR_RANGE;
     }
-    if (!can_shorten(cache, from, length)) {
+    if (!can_shorten(cache, from, length, 0)) {
         return KV_ERR_RELEASED;
     }
     int32_t from_place, place;
@@ -221,11 +238,12 @@ kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length, 
     return status;
 }
 
-static kv_status truncate_state(kv_cache *cache, kv_sequence_state *state, int32_t length) {
+static kv_status truncate_state(kv_cache *cache, kv_sequence_state *state, int32_t length,
+                                int exact) {
     if (length < 0 || length > state->length) {
         return KV_ERR_RANGE;
     }
-    if (!can_shorten(cache, state, length)) {
+    if (!can_shorten(cache, state, length, exact)) {
         return KV_ERR_RELEASED;
     }
     release_columns(cache, state, length);
@@ -238,7 +256,8 @@ static kv_status truncate_state(kv_cache *cache, kv_sequence_state *state, int32
     return KV_OK;
 }
 
-kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length) {
+kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length,
+                               int32_t exact) {
     if (!cache) {
         return KV_ERR_NULL;
     }
@@ -246,7 +265,7 @@ kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t le
     kv_cache_lock(cache);
     kv_status status = kv_cache_find_idle(cache, sequence, &state);
     if (status == KV_OK) {
-        status = truncate_state(cache, state, length);
+        status = truncate_state(cache, state, length, exact);
     }
     kv_cache_unlock(cache);
     return status;
@@ -303,7 +322,7 @@ kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_
     if (!cache || !count || (!out && capacity > 0)) {
         return KV_ERR_NULL;
     }
-    if (group < 0 || group >= cache->num_groups || capacity < 0) {
+    if (group < 0 || group >= cache->num_pools || capacity < 0) {
         return KV_ERR_RANGE;
     }
     kv_cache_lock(cache);

@@ -7,14 +7,14 @@
 #define PLACE_MASK ((1u << PLACE_BITS) - 1)
 #define GENERATION_MASK ((1u << 24) - 1)
 
-void kv_sequences_init(kv_sequence_table *table, int32_t num_groups, uint32_t cache_id) {
-    *table = (kv_sequence_table){.first_free = -1, .num_groups = num_groups, .cache_id = cache_id};
+void kv_sequences_init(kv_sequence_table *table, int32_t num_pools, uint32_t cache_id) {
+    *table = (kv_sequence_table){.first_free = -1, .num_pools = num_pools, .cache_id = cache_id};
 }
 
 void kv_sequences_destroy(kv_sequence_table *table) {
     for (int32_t i = 0; i < table->count; i++) {
         kv_sequence_state *state = &table->states[i];
-        for (int32_t g = 0; g < table->num_groups; g++) {
+        for (int32_t g = 0; g < table->num_pools; g++) {
             free(state->rows[g].blocks);
         }
         free(state->rows);
@@ -37,7 +37,7 @@ static kv_status add_slot(kv_sequence_table *table) {
         table->states = grown;
         table->capacity = capacity;
     }
-    kv_block_row *rows = calloc((size_t)table->num_groups, sizeof *rows);
+    kv_block_row *rows = calloc((size_t)table->num_pools, sizeof *rows);
     if (!rows) {
         return KV_ERR_NO_MEMORY;
     }

@@ -47,7 +47,7 @@ extern "C" {
     KV_STATUS(ERR_ALREADY_APPENDED, "the layer was already appended in this step")       \
     KV_STATUS(ERR_NOT_APPENDED, "the layer was not appended in this step yet")           \
     KV_STATUS(ERR_NO_STORAGE, "the layer reads another layer's cache and owns none")     \
-    KV_STATUS(ERR_RELEASED, "tokens that the call needs were released behind a window")  \
+    KV_STATUS(ERR_RELEASED, "rows that the call needs were released")                    \
     KV_STATUS(ERR_CORRUPT, "the cache's books do not balance")                           \
     KV_STATUS(ERR_NOT_FINITE, "a NaN or an infinity, which quantized formats cannot hold")
 
@@ -98,17 +98,31 @@ typedef struct kv_cache kv_cache;
 typedef struct kv_step kv_step;
 typedef uint64_t kv_sequence; /* a handle tagged with its cache and generation; 0 is none */
 
-#define KV_MAX_GROUPS 16
+#define KV_MAX_GROUPS 16 /* groups and raw pools together */
 
 /* With a retention of r, a new token at i reads only tokens j with i - r < j <= i, as a window of r
  * or less does. A commit at length n then releases the blocks that lie wholly below
- * n - r + 1 - slack: their columns in the block tables are -1 from then on. */
+ * n - r + 1 - slack: their columns in the block tables are -1 from then on.
+ *
+ * Raw rows are for groups with quantized layers. A new token at i reads the rows of tokens
+ * j < raw_first and j >= 32 * ((i + 1) / 32) - raw_last as they came, and those between encoded. A
+ * group with raw_blocks keeps these rows in a pool of its own, of blocks of KV_RAW_BLOCK_SIZE
+ * tokens. Raw pools are numbered after the groups, in the groups' order, and have statistics, block
+ * tables and plans under these numbers. One behaves like a group with a retention of raw_last whose
+ * first block stays, except that truncate and fork never fail for its sake: the rows that a
+ * sequence lacks are restored when its next step begins, see kv_plan. */
 typedef struct kv_group_config {
     int32_t block_size; /* token slots of a block: a power of two, 16 .. 4096 */
     int32_t num_blocks;
-    int32_t retention; /* 0: every token is kept */
-    int32_t slack;     /* tokens kept beyond it, which truncate and fork may then take back */
+    int32_t retention;  /* 0: every token is kept */
+    int32_t slack;      /* tokens (and raw rows) kept beyond, which truncate and fork may then take
+                           back */
+    int32_t raw_blocks; /* 0: the group has no raw rows */
+    int32_t raw_first;  /* 0 .. KV_RAW_BLOCK_SIZE */
+    int32_t raw_last; /* a multiple of KV_RAW_BLOCK_SIZE; at 0 those of an unfinished block stay */
 } kv_group_config;
+
+#define KV_RAW_BLOCK_SIZE 32
 
 typedef struct kv_layer_config {
     int32_t group;
@@ -143,9 +157,11 @@ typedef struct kv_group_stats {
     int64_t evictions;                   /* cached blocks given up for new ones */
     int64_t copies;                      /* blocks copied on write */
     int64_t released;                    /* columns released behind the retention */
+    int64_t reencoded_rows;              /* raw rows restored from encoded ones, see kv_plan */
 } kv_group_stats;
 
 KV_API kv_status kv_cache_get_stats(const kv_cache *cache, kv_cache_stats *out);
+/* Of a group or a raw pool, by number. */
 KV_API kv_status kv_cache_get_group_stats(const kv_cache *cache, int32_t group,
                                           kv_group_stats *out);
 /* Recounts everything from the sequences up. On KV_ERR_CORRUPT the message says what is wrong. */
@@ -162,14 +178,15 @@ KV_API kv_status kv_sequence_create_cached(kv_cache *cache, const int32_t *token
                                            int32_t num_tokens, uint64_t salt, kv_sequence *out);
 /* A sequence that shares the first `length` tokens of `source`; -1 means all of them.
  * KV_ERR_RELEASED, here and from truncate: at that length the next token would read tokens that a
- * group's retention has released. */
+ * group's retention has released; or, where `exact` is not 0, raw rows that would be restored. */
 KV_API kv_status kv_sequence_fork(kv_cache *cache, kv_sequence source, int32_t length,
                                   kv_sequence *out);
-KV_API kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length);
+KV_API kv_status kv_sequence_truncate(kv_cache *cache, kv_sequence sequence, int32_t length,
+                                      int32_t exact);
 KV_API kv_status kv_sequence_free(kv_cache *cache, kv_sequence sequence);
 KV_API kv_status kv_sequence_length(const kv_cache *cache, kv_sequence sequence, int32_t *out);
-/* Writes at most `capacity` block numbers of one group; *count is how many there are. Columns that
- * the group's retention released are -1. */
+/* Writes at most `capacity` block numbers of one group or raw pool; *count is how many there are.
+ * Columns that were released are -1. */
 KV_API kv_status kv_sequence_blocks(const kv_cache *cache, kv_sequence sequence, int32_t group,
                                     int32_t *out, int32_t capacity, int32_t *count);
 
@@ -183,7 +200,7 @@ typedef struct kv_step_entry {
 } kv_step_entry;
 
 typedef struct kv_shortage {
-    int32_t group;
+    int32_t group; /* or a raw pool's number */
     int64_t needed;
     int64_t available; /* free + cached */
 } kv_shortage;
@@ -202,8 +219,12 @@ KV_API kv_status kv_step_check_append(const kv_step *step, int32_t layer);
 KV_API kv_status kv_step_mark_appended(kv_step *step, int32_t layer);
 KV_API kv_status kv_step_check_attend(const kv_step *step, int32_t layer);
 
-/* What a step means for one group. All arrays but block_rows lie in one int32 buffer (`buffer`,
- * `buffer_size` elements) that the step owns, the same for all its groups. */
+/* What a step means for one group or raw pool. All arrays but block_rows lie in one int32 buffer
+ * (`buffer`, `buffer_size` elements) that the step owns, the same for all its plans.
+ *
+ * Restores are for a raw pool: rows that the next token reads raw, but that a truncate or fork left
+ * released. After the copies and before anything else, the first `rows` rows of that column's block
+ * are to be decoded from the group's own blocks, except where these were released too. */
 typedef struct kv_plan {
     int32_t block_size;
     int32_t num_sequences;            /* S */
@@ -221,6 +242,9 @@ typedef struct kv_plan {
     const int32_t *const *block_rows; /* [S] each sequence's blocks, in order; -1: released */
     const int32_t *buffer;
     int64_t buffer_size;
+    const struct kv_plan *raw; /* the plan of the group's raw rows, as long as this one; or NULL */
+    int32_t num_restores;      /* R */
+    const int32_t *restores;   /* [R, 3] sequence's place in the step, column, rows */
 } kv_plan;
 
 KV_API kv_status kv_step_get_plan(const kv_step *step, int32_t group, kv_plan *out);
