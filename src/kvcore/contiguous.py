@@ -56,7 +56,7 @@ def as_blocks(array: np.ndarray, argument: str, layout: str) -> Blocks:
         (array.strides[block], array.strides[head], array.strides[token], array.itemsize),
         writeable=False,
     )
-    return Blocks(view, format.index)
+    return Blocks.of_rows(view, format.index)
 
 
 def contiguous_plan(

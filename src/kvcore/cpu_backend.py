@@ -32,7 +32,7 @@ class CpuStorage:
             shape = (count, layer.num_kv_heads, block_size)
             k_blocks = _allocate(k_format, (*shape, layer.head_dim))
             if layer.v_in_k:
-                v_blocks = Blocks(k_blocks.array[..., : layer.v_in_k], k_format.index)
+                v_blocks = Blocks.of_rows(k_blocks.array[..., : layer.v_in_k], k_format.index)
                 stored = [k_blocks]
             else:
                 v_blocks = _allocate(v_format, (*shape, layer.head_dim_v))
@@ -47,7 +47,7 @@ class CpuStorage:
 def _allocate(format: Format, shape: tuple[int, int, int, int]) -> Blocks:
     count = shape[0] * shape[1] * shape[2]
     data = memoryview(Memory(count * format.row_nbytes(shape[3])))
-    return Blocks(np.frombuffer(data, format.storage_dtype).reshape(shape), format.index)
+    return Blocks.of_rows(np.frombuffer(data, format.storage_dtype).reshape(shape), format.index)
 
 
 class CpuBackend:
@@ -348,7 +348,7 @@ def _user_blocks(value: Any, argument: str, layout: str, *, writable: bool = Fal
             f"{argument}: expected a dense last axis, got strides {array.strides}"
         )
     view = _storage_view(array, FORMATS[name], argument)
-    return Blocks(view, FORMATS[name].index, layout == "NHD")
+    return Blocks.of_rows(view, FORMATS[name].index, layout == "NHD")
 
 
 def _check_pair(k_blocks: Blocks, v_blocks: Blocks) -> None:

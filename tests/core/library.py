@@ -34,6 +34,23 @@ class Blocks(ct.Structure):
         ("block_stride", i64),
         ("head_stride", i64),
         ("token_stride", i64),
+        ("metadata_offset", i64),
+        ("bias", ptr),
+        ("scales", ptr),
+        ("raw", ptr),
+        ("raw_first", i32),
+        ("raw_last", i32),
+        ("saturate", i32),
+    ]
+
+
+class SequenceRows(ct.Structure):
+    _fields_ = [
+        ("block_row", ptr),
+        ("num_columns", i32),
+        ("raw_row", ptr),
+        ("num_raw_columns", i32),
+        ("length", i32),
     ]
 
 
@@ -101,7 +118,13 @@ def _find_library() -> str:
 lib = ct.CDLL(_find_library())
 lib.kv_append.argtypes = [ct.POINTER(Plan), ct.POINTER(Rows), ct.POINTER(Blocks)]
 lib.kv_copy_blocks.argtypes = [ct.POINTER(Plan), ct.POINTER(Blocks)]
-lib.kv_read.argtypes = [ct.POINTER(Blocks), ptr, i32, i32, i32, ct.POINTER(Rows)]
+lib.kv_read.argtypes = [
+    ct.POINTER(Blocks),
+    ct.POINTER(SequenceRows),
+    i32,
+    i32,
+    ct.POINTER(Rows),
+]
 lib.kv_attend.argtypes = [
     ct.POINTER(Plan),
     ct.POINTER(Rows),
@@ -214,6 +237,14 @@ class Step:
             None,
             0,
         )
+
+
+def read(
+    blocks: np.ndarray, row: np.ndarray, num_columns: int, start: int, stop: int, out: np.ndarray
+) -> int:
+    """Of float formats, which have no raw rows."""
+    sequence = SequenceRows(address(row), num_columns)
+    return lib.kv_read(blocks_of(blocks), sequence, start, stop, rows_of(out))
 
 
 def append(step: Step, rows: np.ndarray, blocks: np.ndarray) -> int:

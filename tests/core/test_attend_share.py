@@ -21,7 +21,13 @@ SOURCE = Path(__file__).parents[2] / "src" / "kvcore"
 
 
 class Sight(ct.Structure):
-    _fields_ = [("plan", ptr), ("options", ptr), ("narrowed", ct.c_int), ("moved", ct.c_int)]
+    _fields_ = [
+        ("plan", ptr),
+        ("options", ptr),
+        ("narrowed", ct.c_int),
+        ("moved", ct.c_int),
+        ("quantized", ptr),
+    ]
 
 
 class Share(ct.Structure):

@@ -23,6 +23,7 @@ from core.library import (
     blocks_of,
     lib,
     machine,
+    read,
     rows_of,
 )
 
@@ -70,15 +71,13 @@ def test_read(fmt: str) -> None:
     whole = blocks[row].swapaxes(1, 2).reshape(96, 2, 24)
     for start, stop in [(0, 96), (31, 33), (40, 40), (7, 90)]:
         out = np.full((stop - start, 2, 24), np.nan, np.float32)
-        assert lib.kv_read(blocks_of(blocks), row.ctypes.data, 3, start, stop, rows_of(out)) == OK
+        assert read(blocks, row, 3, start, stop, out) == OK
         assert (out == whole[start:stop].astype(np.float32)).all()
     out = np.zeros((4, 2, 24), np.float32)
     for start, stop in [(-1, 3), (3, 2), (95, 97)]:
-        assert (
-            lib.kv_read(blocks_of(blocks), row.ctypes.data, 3, start, stop, rows_of(out)) == RANGE
-        )
+        assert read(blocks, row, 3, start, stop, out) == RANGE
     row[1] = 9
-    assert lib.kv_read(blocks_of(blocks), row.ctypes.data, 3, 30, 34, rows_of(out)) == RANGE
+    assert read(blocks, row, 3, 30, 34, out) == RANGE
     assert not out.any()
 
 
@@ -268,12 +267,12 @@ def test_released_blocks() -> None:
     assert attend(step, q, array, array, 1.0, out, window=28) == OK
     assert (out == 5).all()
 
-    read = np.full((30, 2, 8), 3, np.float32)
-    row = np.array([-1, 1, 2], np.int32).ctypes.data
-    assert lib.kv_read(blocks_of(array), row, 3, 15, 45, rows_of(read)) == RELEASED
-    assert (read == 3).all()
-    assert lib.kv_read(blocks_of(array), row, 3, 16, 46, rows_of(read)) == OK
-    assert (read[16:] == 5).all()
+    rows = np.full((30, 2, 8), 3, np.float32)
+    row = np.array([-1, 1, 2], np.int32)
+    assert read(array, row, 3, 15, 45, rows) == RELEASED
+    assert (rows == 3).all()
+    assert read(array, row, 3, 16, 46, rows) == OK
+    assert (rows[16:] == 5).all()
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16"])

@@ -166,15 +166,46 @@ def copy_blocks(Plan plan not None, Blocks blocks not None):
     check(status)
 
 
-def read(Blocks blocks not None, cnp.ndarray block_row not None, int32_t start, int32_t stop):
-    """Tokens [start, stop) of the sequence behind `block_row` (int32), as float32 [n, H, D]."""
-    out = np.empty((stop - start, blocks.c.num_heads, blocks.c.head_dim), np.float32)
-    cdef kv_rows rows = as_rows(out, 0)
-    cdef const int32_t *row = <const int32_t *>cnp.PyArray_DATA(block_row)
-    cdef int32_t columns = <int32_t>block_row.shape[0]
+def restore_raw(Plan plan not None, Blocks blocks not None):
+    """Decodes the raw rows that the plan restores."""
     cdef kv_status status
     with nogil:
-        status = kv_read(&blocks.c, row, columns, start, stop, &rows)
+        status = kv_restore_raw(&plan.c, &blocks.c)
+    check(status)
+
+
+def find_not_finite(Plan plan not None, cnp.ndarray array not None, int layout):
+    """(new token, head) of the first row that has a NaN or an infinity; None: there is none."""
+    cdef kv_rows rows = as_rows(array, layout)
+    cdef int32_t token = 0, head = 0
+    cdef kv_status status
+    with nogil:
+        status = kv_check_finite(&plan.c, &rows, &token, &head)
+    if status == KV_ERR_NOT_FINITE:
+        return token, head
+    check(status)
+    return None
+
+
+def read(Blocks blocks not None, cnp.ndarray block_row not None, int32_t start, int32_t stop,
+         cnp.ndarray raw_row=None, int32_t length=0):
+    """Tokens [start, stop) of the sequence behind `block_row` (int32), as float32 [n, H, D].
+
+    Where the sequence has raw rows, `raw_row` are their blocks and `length` its tokens.
+    """
+    out = np.empty((stop - start, blocks.c.num_heads, blocks.c.head_dim), np.float32)
+    cdef kv_rows rows = as_rows(out, 0)
+    cdef kv_sequence_rows sequence
+    cdef kv_status status
+    memset(&sequence, 0, sizeof(sequence))
+    sequence.block_row = <const int32_t *>cnp.PyArray_DATA(block_row)
+    sequence.num_columns = <int32_t>block_row.shape[0]
+    sequence.length = length
+    if raw_row is not None:
+        sequence.raw_row = <const int32_t *>cnp.PyArray_DATA(raw_row)
+        sequence.num_raw_columns = <int32_t>raw_row.shape[0]
+    with nogil:
+        status = kv_read(&blocks.c, &sequence, start, stop, &rows)
     check(status)
     return out
 

@@ -14,6 +14,7 @@ cdef class Memory:
 cdef class Blocks:
     cdef kv_blocks c
     cdef readonly cnp.ndarray array
+    cdef object kept  # what the core's struct points to
 
 
 cdef class Plan:

@@ -13,7 +13,21 @@ class Memory:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Blocks:
-    def __new__(cls, array: NDArray[Any], format: int, heads_last: bool = False) -> Self: ...
+    @staticmethod
+    def of_rows(rows: NDArray[Any], format: int, heads_last: bool = False) -> Blocks: ...
+    @staticmethod
+    def of_tiles(
+        tiles: NDArray[np.uint8],
+        format: int,
+        block_size: int,
+        head_dim: int,
+        raw: Blocks | None = None,
+        raw_first: int = 0,
+        raw_last: int = 0,
+        bias: NDArray[np.float32] | None = None,
+        scales: NDArray[np.float32] | None = None,
+        saturate: bool = False,
+    ) -> Blocks: ...
     @property
     def array(self) -> NDArray[Any]: ...
     @property

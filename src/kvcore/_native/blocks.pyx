@@ -69,24 +69,51 @@ cdef class Memory:
 
 
 cdef class Blocks:
-    """K or V of one layer: an array [N, H, B, D], or [N, B, H, D] with heads_last, and its format.
+    """K or V of one layer, and the array that it lies in."""
 
-    The array's elements are the format's storage type (uint16 for bf16).
-    """
+    @staticmethod
+    def of_rows(cnp.ndarray rows not None, int format, bint heads_last=False):
+        """Of an array [N, H, B, D], or [N, B, H, D] with heads_last, in a float format.
 
-    def __cinit__(self, cnp.ndarray array not None, int format, bint heads_last=False):
+        Its elements are the format's storage type (uint16 for bf16).
+        """
+        cdef Blocks blocks = Blocks.__new__(Blocks)
         cdef int h = 2 if heads_last else 1
         cdef int b = 1 if heads_last else 2
-        self.array = array
-        self.c.data = cnp.PyArray_DATA(array)
-        self.c.format = format
-        self.c.num_blocks = <int32_t>array.shape[0]
-        self.c.num_heads = <int32_t>array.shape[h]
-        self.c.block_size = <int32_t>array.shape[b]
-        self.c.head_dim = <int32_t>array.shape[3]
-        self.c.block_stride = array.strides[0]
-        self.c.head_stride = array.strides[h]
-        self.c.token_stride = array.strides[b]
+        blocks.array = rows
+        blocks.c.data = cnp.PyArray_DATA(rows)
+        blocks.c.format = format
+        blocks.c.num_blocks = <int32_t>rows.shape[0]
+        blocks.c.num_heads = <int32_t>rows.shape[h]
+        blocks.c.block_size = <int32_t>rows.shape[b]
+        blocks.c.head_dim = <int32_t>rows.shape[3]
+        blocks.c.block_stride = rows.strides[0]
+        blocks.c.head_stride = rows.strides[h]
+        blocks.c.token_stride = rows.strides[b]
+        return blocks
+
+    @staticmethod
+    def of_tiles(cnp.ndarray tiles not None, int format, int32_t block_size, int32_t head_dim,
+                 Blocks raw=None, int32_t raw_first=0, int32_t raw_last=0,
+                 cnp.ndarray bias=None, cnp.ndarray scales=None, bint saturate=False):
+        """Of dense tiles, uint8 [N, H, nbytes], in a quantized format.
+
+        bias and scales are dense float32 [H, D]; raw is what raw rows lie in.
+        """
+        cdef Blocks blocks = Blocks.__new__(Blocks)
+        check(kv_blocks_init(&blocks.c, cnp.PyArray_DATA(tiles), format, <int32_t>tiles.shape[0],
+                             <int32_t>tiles.shape[1], block_size, head_dim))
+        blocks.array = tiles
+        blocks.kept = raw, bias, scales
+        if raw is not None:
+            blocks.c.raw = &raw.c
+        if bias is not None:
+            blocks.c.bias = <const float *>cnp.PyArray_DATA(bias)
+        if scales is not None:
+            blocks.c.scales = <const float *>cnp.PyArray_DATA(scales)
+        blocks.c.raw_first, blocks.c.raw_last = raw_first, raw_last
+        blocks.c.saturate = saturate
+        return blocks
 
     @property
     def num_heads(self):

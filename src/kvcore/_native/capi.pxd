@@ -9,6 +9,7 @@ cdef extern from "kvcore/kvcore.h" nogil:
     kv_status KV_ERR_OUT_OF_BLOCKS
     kv_status KV_ERR_DUPLICATE_SEQUENCE
     kv_status KV_ERR_CORRUPT
+    kv_status KV_ERR_NOT_FINITE
     const char *kv_status_name(kv_status status)
     const char *kv_status_string(kv_status status)
     const char *kv_version()
@@ -141,6 +142,13 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int64_t block_stride
         int64_t head_stride
         int64_t token_stride
+        int64_t metadata_offset
+        const float *bias
+        const float *scales
+        const kv_blocks *raw
+        int32_t raw_first
+        int32_t raw_last
+        int32_t saturate
     kv_status kv_blocks_init(kv_blocks *out, void *data, kv_format format, int32_t num_blocks,
                              int32_t num_heads, int32_t block_size, int32_t head_dim)
     int64_t kv_blocks_nbytes(const kv_blocks *blocks)
@@ -157,9 +165,18 @@ cdef extern from "kvcore/kvcore.h" nogil:
         int64_t token_stride
         int64_t head_stride
     kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks)
+    kv_status kv_restore_raw(const kv_plan *plan, const kv_blocks *blocks)
+    kv_status kv_check_finite(const kv_plan *plan, const kv_rows *rows, int32_t *token,
+                              int32_t *head)
     kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks)
-    kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num_columns,
-                      int32_t start, int32_t stop, const kv_rows *out)
+    ctypedef struct kv_sequence_rows:
+        const int32_t *block_row
+        int32_t num_columns
+        const int32_t *raw_row
+        int32_t num_raw_columns
+        int32_t length
+    kv_status kv_read(const kv_blocks *blocks, const kv_sequence_rows *sequence, int32_t start,
+                      int32_t stop, const kv_rows *out)
 
     ctypedef struct kv_attend_options:
         size_t struct_size

@@ -1,6 +1,7 @@
 #include "attend_check.h"
 
 #include "attend_sight.h"
+#include "raw_rows.h"
 #include "storage.h"
 
 #include <math.h>
@@ -89,6 +90,44 @@ static kv_status check_seen_blocks(const kv_plan *plan, const kv_blocks *k, cons
     return KV_OK;
 }
 
+/* The raw rows that some new token of a sequence may read: its first one reads the most. */
+static kv_status check_raw_blocks(const kv_sight *sight, int32_t s) {
+    const kv_blocks *quantized = sight->quantized;
+    const kv_plan *plan = sight->plan, *raw = plan->raw;
+    const int32_t length = plan->seq_lens[s];
+    if (!raw->block_rows[s])
+        return KV_ERR_NULL;
+    const int32_t first = kv_raw_begin(sight, s, 0) / KV_RAW_BLOCK_SIZE;
+    const int32_t columns = (length - 1) / KV_RAW_BLOCK_SIZE + 1;
+    const int32_t *row = raw->block_rows[s];
+    const int32_t num_blocks = quantized->raw->num_blocks;
+    const kv_status status =
+        first < columns ? kv_check_block_ids(row + first, columns - first, num_blocks) : KV_OK;
+    return status == KV_OK && quantized->raw_first > 0 ? kv_check_block_ids(row, 1, num_blocks)
+                                                       : status;
+}
+
+static kv_status check_all_raw_blocks(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v,
+                                      const kv_attend_options *options) {
+    kv_sight sight = kv_sight_of(plan, options);
+    sight.quantized = k->raw ? k : v->raw ? v : NULL;
+    if (!sight.quantized)
+        return KV_OK;
+    if (k->raw && v->raw && (k->raw_first != v->raw_first || k->raw_last != v->raw_last))
+        return KV_ERR_VALUE;
+    if (plan->num_sequences > 0 && (!plan->raw || !plan->raw->block_rows))
+        return KV_ERR_NULL;
+    for (int32_t s = 0; s < plan->num_sequences; s++) {
+        const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
+        if (plan->seq_lens[s] < num_new)
+            return KV_ERR_RANGE;
+        const kv_status status = num_new > 0 ? check_raw_blocks(&sight, s) : KV_OK;
+        if (status != KV_OK)
+            return status;
+    }
+    return KV_OK;
+}
+
 static kv_status check_shapes(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
                               const kv_blocks *v, const kv_rows *out) {
     if (k->num_heads != v->num_heads || k->block_size != v->block_size ||
@@ -119,5 +158,7 @@ kv_status kv_check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks
     if ((status = check_lengths(plan, known)) != KV_OK ||
         (status = check_option_arrays(plan, known, q->num_heads)) != KV_OK)
         return status;
-    return check_seen_blocks(plan, k, v, known);
+    if ((status = check_seen_blocks(plan, k, v, known)) != KV_OK)
+        return status;
+    return check_all_raw_blocks(plan, k, v, known);
 }

@@ -44,6 +44,9 @@ static int32_t num_whole_splits(const kv_sight *sight, int32_t group_size, int32
             return 0;
         end = view.span.end < end ? view.span.end : end;
     }
+    /* What one member reads raw another may not. The first token reads most of it. */
+    const int32_t raw_begin = kv_raw_begin(sight, s, 0);
+    end = raw_begin < end ? raw_begin + 1 : end;
     return end > 0 ? (end - 1) / KV_SPLIT : 0;
 }
 

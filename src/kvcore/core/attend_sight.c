@@ -1,5 +1,7 @@
 #include "attend_sight.h"
 
+#include "raw_rows.h"
+
 static int32_t num_new(const kv_plan *plan, int32_t s) {
     return plan->query_starts[s + 1] - plan->query_starts[s];
 }
@@ -22,6 +24,11 @@ kv_sight kv_sight_of(const kv_plan *plan, const kv_attend_options *options) {
                       .options = options,
                       .narrowed = options->window > 0 || options->mask,
                       .moved = options->positions && is_moved(plan, options->positions)};
+}
+
+int32_t kv_raw_begin(const kv_sight *sight, int32_t s, int32_t token) {
+    return sight->quantized ? kv_raw_start(sight->quantized, num_stored(sight->plan, s) + token)
+                            : INT32_MAX;
 }
 
 static const uint8_t *mask_row(const kv_sight *sight, int32_t s, int32_t token) {

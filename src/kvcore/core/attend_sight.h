@@ -9,6 +9,7 @@ typedef struct kv_sight {
     const kv_attend_options *options;
     int narrowed; /* a mask or a window: what a token sees is not a prefix of what later ones see */
     int moved;    /* positions are given, and a token does not stand where it is stored */
+    const kv_blocks *quantized; /* K or V where some of it is read raw; NULL: there is none */
 } kv_sight;
 
 /* Tokens [begin, end) of a sequence; empty as [0, 0). */
@@ -27,6 +28,10 @@ typedef struct kv_view {
 } kv_view;
 
 kv_sight kv_sight_of(const kv_plan *plan, const kv_attend_options *options);
+
+/* From this key on new token `token` of sequence s reads raw rows, beside raw_first; INT32_MAX where
+ * it reads none. */
+int32_t kv_raw_begin(const kv_sight *sight, int32_t s, int32_t token);
 
 kv_view kv_look(const kv_sight *sight, int32_t s, int32_t token);
 

@@ -1,5 +1,6 @@
 #include "attend_tile.h"
 
+#include "raw_rows.h"
 #include "storage.h"
 
 #include <math.h>
@@ -13,7 +14,7 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
     const int64_t sizes[] = {rows * q_width,
                              many ? blocks * KV_BLOCK_ROWS * q_width : rows * q_width,
                              many ? KV_SPLIT * KV_BLOCK_ROWS : rows * KV_SPLIT,
-                             many ? KV_SPLIT * (q_width + o_width) : 0,
+                             many || call->decodes ? KV_SPLIT * (q_width + o_width) : 0,
                              rows * o_width,
                              rows,
                              rows,
@@ -87,27 +88,57 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
     }
-    call->kernels->pack_queries(t->q, unit->num_rows, call->q_width, call->k->format, dots,
-                                t->panels);
+    /* Quantized keys are decoded to float32. */
+    call->kernels->pack_queries(
+        t->q, unit->num_rows, call->q_width,
+        kv_format_is_float(call->k->format) ? call->k->format : KV_FORMAT_FP32, dots, t->panels);
+}
+
+/* Tokens [j, j + count) of the unit's sequence, which lie in one block and are all read raw or all
+ * encoded. */
+static kv_run locate_run(const kv_attend_call *call, const kv_unit *unit, const kv_blocks *blocks,
+                         int32_t j, int32_t count, int raw) {
+    const int32_t s = unit->sequence;
+    if (raw && blocks->raw)
+        return (kv_run){.rows = kv_block_row(blocks->raw,
+                                             call->plan->raw->block_rows[s][j / KV_RAW_BLOCK_SIZE],
+                                             unit->head, j % KV_RAW_BLOCK_SIZE),
+                        .stride = blocks->raw->token_stride,
+                        .count = count,
+                        .nbytes = blocks->head_dim * 2,
+                        .raw = 1};
+    const int32_t block = call->plan->block_rows[s][j >> call->block_shift];
+    const int32_t offset = j & (blocks->block_size - 1);
+    const int sealed = kv_format_kind_of(blocks->format) == KV_KIND_CHANNEL;
+    const int32_t first = sealed ? offset % KV_RAW_BLOCK_SIZE : 0;
+    return (kv_run){.rows = kv_block_row(blocks, block, unit->head, offset - first),
+                    .metadata = kv_format_is_float(blocks->format)
+                                    ? NULL
+                                    : kv_block_metadata(blocks, block, unit->head, offset - first),
+                    .stride = blocks->token_stride,
+                    .count = count,
+                    .nbytes = (int32_t)kv_format_code_bytes(blocks->format, blocks->head_dim),
+                    .first = (int16_t)first};
 }
 
 void kv_tile_locate_split(const kv_attend_call *call, const kv_unit *unit, int32_t split,
                           kv_split_runs *runs) {
-    const int32_t *block_row = call->plan->block_rows[unit->sequence];
-    const int32_t block_size = call->k->block_size, mask = block_size - 1;
+    const kv_blocks *quantized = call->sight.quantized;
+    const int32_t block_size = call->k->block_size;
     const int32_t longest = block_size < KV_RUN ? block_size : KV_RUN;
     const int32_t begin = (kv_first_split(unit) + split) * KV_SPLIT, left = unit->end - begin;
-    const int32_t count = left < KV_SPLIT ? left : KV_SPLIT;
+    const int32_t end = begin + (left < KV_SPLIT ? left : KV_SPLIT);
+    const int32_t raw_first = quantized ? quantized->raw_first : 0;
     runs->start = unit->begin > begin ? (unit->begin - begin) & -longest : 0;
     runs->num_runs = 0;
-    for (int32_t j = runs->start; j < count; j += longest) {
-        const int32_t block = block_row[(begin + j) >> call->block_shift];
-        const int32_t offset = (begin + j) & mask;
-        const int32_t length = count - j < longest ? count - j : longest;
-        runs->k[runs->num_runs] = (kv_run){kv_block_row(call->k, block, unit->head, offset),
-                                           call->k->token_stride, length};
-        runs->v[runs->num_runs] = (kv_run){kv_block_row(call->v, block, unit->head, offset),
-                                           call->v->token_stride, length};
+    for (int32_t j = begin + runs->start, stop; j < end; j = stop) {
+        const int raw = j < raw_first || j >= unit->raw_begin;
+        stop = (j & -longest) + longest;
+        if (j < raw_first && raw_first < stop && raw_first < unit->raw_begin)
+            stop = raw_first;
+        stop = stop < end ? stop : end;
+        runs->k[runs->num_runs] = locate_run(call, unit, call->k, j, stop - j, raw);
+        runs->v[runs->num_runs] = locate_run(call, unit, call->v, j, stop - j, raw);
         runs->num_runs++;
     }
 }
@@ -161,6 +192,8 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
                                 .places = moved ? t->places : NULL,
                                 .k_format = call->k->format,
                                 .v_format = call->v->format,
+                                .k_channels = kv_head_channels(call->k, unit->head),
+                                .v_channels = kv_head_channels(call->v, unit->head),
                                 .head_dim = call->k->head_dim,
                                 .head_dim_v = call->v->head_dim,
                                 .runs = &t->runs[0],

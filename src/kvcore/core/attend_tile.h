@@ -17,6 +17,7 @@ typedef struct kv_attend_call {
     int32_t group_size, q_width, o_width;
     int32_t block_shift; /* log2 of block_size */
     int32_t dots;        /* of tasks with KV_DOT_TOKENS new tokens or more: kv_split_task */
+    int decodes;         /* whether K or V is quantized */
     float *states;       /* [state_rows] o, then m, then l: what shared prefixes come to */
     int64_t state_rows;
 } kv_attend_call;

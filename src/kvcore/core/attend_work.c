@@ -11,11 +11,37 @@ static int64_t num_query_rows(const kv_plan *plan, int32_t s, int32_t group_size
 
 static int64_t num_tiles(int64_t num_rows) { return (num_rows + KV_TILE_ROWS - 1) / KV_TILE_ROWS; }
 
-int64_t kv_count_units(const kv_work *work) {
-    const kv_plan *plan = work->sight->plan;
+/* Rows of the tile of sequence s that begins with `row`. All of them read the same keys raw. */
+static int32_t tile_rows(const kv_work *work, int32_t s, int64_t row) {
+    const kv_sight *sight = work->sight;
+    const int64_t left = num_query_rows(sight->plan, s, work->group_size) - row;
+    const int32_t most = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS;
+    if (!sight->quantized)
+        return most;
+    const int32_t first = (int32_t)(row / work->group_size);
+    const int32_t begin = kv_raw_begin(sight, s, first);
+    int32_t token = first + 1;
+    while ((int64_t)(token - first) * work->group_size < most &&
+           kv_raw_begin(sight, s, token) == begin)
+        token++;
+    const int64_t same = (int64_t)token * work->group_size - row;
+    return same < most ? (int32_t)same : most;
+}
+
+static int64_t count_tiles(const kv_work *work, int32_t s) {
+    const int64_t num_rows = num_query_rows(work->sight->plan, s, work->group_size);
+    if (!work->sight->quantized)
+        return num_tiles(num_rows);
     int64_t tiles = 0;
-    for (int32_t s = 0; s < plan->num_sequences; s++)
-        tiles += num_tiles(num_query_rows(plan, s, work->group_size));
+    for (int64_t row = 0; row < num_rows; row += tile_rows(work, s, row))
+        tiles++;
+    return tiles;
+}
+
+int64_t kv_count_units(const kv_work *work) {
+    int64_t tiles = 0;
+    for (int32_t s = 0; s < work->sight->plan->num_sequences; s++)
+        tiles += count_tiles(work, s);
     return tiles * work->num_heads;
 }
 
@@ -49,13 +75,12 @@ static int64_t place_unit(kv_unit *unit, int64_t start) {
     return start + row_cost(unit) * (unit->end - unit->begin / KV_SPLIT * KV_SPLIT);
 }
 
-/* The tile of `total` rows that begins with `row`. */
-static kv_unit tile_at(int64_t row, int64_t total, int32_t head) {
-    const int64_t left = total - row;
+static kv_unit tile_at(int64_t row, int32_t num_rows, int32_t head) {
     return (kv_unit){.share = -1,
                      .head = head,
                      .first_row = (int32_t)row,
-                     .num_rows = left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS,
+                     .num_rows = num_rows,
+                     .raw_begin = INT32_MAX,
                      .state_row = -1};
 }
 
@@ -74,17 +99,20 @@ int64_t kv_list_units(const kv_work *work, kv_unit *units) {
     int64_t cost = 0;
     for (int32_t s = 0; s < plan->num_sequences; s++) {
         const int64_t num_rows = num_query_rows(plan, s, work->group_size);
+        const int64_t tiles = count_tiles(work, s);
         const int shares = work->shares->count > 0 && work->shares->share_of[s] >= 0;
         for (int32_t head = 0; head < work->num_heads; head++)
-            for (int64_t row = 0; row < num_rows; row += KV_TILE_ROWS) {
+            for (int64_t row = 0; row < num_rows; row += units[-1].num_rows) {
                 kv_unit *unit = units++;
-                *unit = tile_at(row, num_rows, head);
-                unit->sequence = s;
                 if (head == 0) {
+                    *unit = tile_at(row, tile_rows(work, s, row), head);
+                    unit->sequence = s;
+                    unit->raw_begin =
+                        kv_raw_begin(work->sight, s, (int32_t)(row / work->group_size));
                     find_span(work->sight, work->group_size, unit);
                 } else {
-                    unit->begin = unit[-num_tiles(num_rows)].begin;
-                    unit->end = unit[-num_tiles(num_rows)].end;
+                    *unit = unit[-tiles];
+                    unit->head = head;
                 }
                 if (shares)
                     skip_shared(work, unit);
@@ -102,7 +130,8 @@ int64_t kv_list_shared_units(const kv_work *work, kv_unit *units) {
         for (int32_t head = 0; head < work->num_heads; head++)
             for (int64_t row = 0; row < share->num_rows; row += KV_TILE_ROWS) {
                 kv_unit *unit = units++;
-                *unit = tile_at(row, share->num_rows, head);
+                const int64_t left = share->num_rows - row;
+                *unit = tile_at(row, left < KV_TILE_ROWS ? (int32_t)left : KV_TILE_ROWS, head);
                 unit->share = i;
                 unit->sequence = work->shares->members[share->first_member];
                 unit->end = share->num_splits * KV_SPLIT;

@@ -16,6 +16,7 @@ typedef struct kv_unit {
     int32_t first_row, num_rows; /* rows count (member of the share, new token, query head of the
                                     group), the first being the slowest */
     int32_t begin, end;          /* tokens between which lies all that its rows see here */
+    int32_t raw_begin;           /* from this token on all its rows read raw rows */
     int64_t state_row; /* where the rows' states over a shared prefix are kept; -1: there is none */
     int64_t start;     /* cost of all units before */
 } kv_unit;

@@ -1,5 +1,9 @@
 /* Kernel text: elements of the float formats, by vector and by row. */
 
+KV_INLINE int kv_is_float(kv_format format) {
+    return format == KV_FORMAT_FP32 || format == KV_FORMAT_FP16 || format == KV_FORMAT_BF16;
+}
+
 /* Lanes [0, n) of the elements from `at` on; `n` is KV_LANES or fewer. */
 KV_INLINE kv_vec kv_load_elements(kv_format format, const char *row, int64_t at, int n) {
     const uint16_t *half = (const uint16_t *)row + at;

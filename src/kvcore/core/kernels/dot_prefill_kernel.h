@@ -283,7 +283,7 @@ static void kv_dot_attend(const kv_split_task *task) {
         num_blocks * (kv_find_seen(task, 0, task->num_rows, seen) / KV_DOT_TILE_TOKENS);
     kv_dot_list_keys(task->runs, k);
     kv_dot_pair_values(task, seen, pairs);
-    kv_fetch fetch = kv_fetch_next(task);
+    kv_fetch fetch = {.runs = task->next};
     const int32_t fetched = KV_SPLIT / (tiles > 0 ? tiles : 1) + 1; /* tokens, by each tile */
     for (int32_t row = 0; row < task->num_rows; row += KV_BLOCK_ROWS) {
         const int32_t left = task->num_rows - row;

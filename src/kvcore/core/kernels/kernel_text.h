@@ -9,6 +9,12 @@
 
 #include "convert_kernel.h"
 
+#include "encode_kernel.h"
+
+#include "decode_kernel.h"
+
+#include "decode_run_kernel.h"
+
 #include "softmax_kernel.h"
 
 #include "attend_kernel.h"
@@ -28,6 +34,9 @@
         .isa = name,                          \
         .has_dot_bf16 = KV_HAS_DOT_BF16,      \
         .convert = kv_convert,                \
+        .encode = kv_encode,                  \
+        .decode = kv_decode,                  \
+        .is_finite = kv_is_finite,            \
         .pack_queries = kv_pack_queries,      \
         .attend_split = kv_attend_split,      \
         .merge_partial = kv_merge_partial,    \

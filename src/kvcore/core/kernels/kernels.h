@@ -8,7 +8,8 @@ enum {
     KV_SPLIT = 256, /* tokens of a split: docs/numerics.md */
     KV_SPLIT_WORDS = KV_SPLIT / 32,
     KV_RUN = 32,        /* most tokens that a kernel takes from one block at a time */
-    KV_MAX_RUNS = 16,   /* runs of a split: the smallest block has 16 tokens */
+    KV_MAX_RUNS = 17,   /* runs of a split: the smallest block has 16 tokens, and the first raw rows
+                           may end within one */
     KV_TILE_ROWS = 240, /* most query rows that share one pass over a split */
     KV_BLOCK_ROWS = 48, /* ... of which this many have their scores at a time */
     KV_MANY_ROWS = 16,  /* from so many on, lanes are rows: prefill_kernel.h */
@@ -16,11 +17,16 @@ enum {
     KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
 };
 
-/* Consecutive token rows of one block and head. */
+/* Consecutive token rows of one block and head. Of a sealed group `rows` and `metadata` are where the
+ * group begins. */
 typedef struct kv_run {
     const char *rows;
-    int64_t stride; /* bytes from token to token */
+    const char *metadata; /* of the first token; NULL: the rows have none */
+    int64_t stride;       /* bytes from token to token */
     int32_t count;
+    int32_t nbytes; /* of a token's elements, or its share of the group's codes */
+    int16_t first;  /* of a sealed group: the place of the first token in it; else 0 */
+    int16_t raw;    /* whether these are raw rows, bf16, of a quantized K or V */
 } kv_run;
 
 /* The tokens of one split as runs; K and V are cut at the same places. A run lies within one 32
@@ -30,6 +36,12 @@ typedef struct kv_split_runs {
     int32_t num_runs;
     kv_run k[KV_MAX_RUNS], v[KV_MAX_RUNS];
 } kv_split_runs;
+
+/* What encoding one head depends on: [head_dim] each, or NULL. */
+typedef struct kv_channels {
+    const float *bias;   /* subtracted before encoding */
+    const float *scales; /* of int8_static */
+} kv_channels;
 
 /* A softmax over some of a row's tokens, before the division: m = max s, l = sum exp(s - m),
  * o = sum exp(s - m) v. l is 0 for a row that saw nothing; its m and o then mean nothing. */
@@ -51,11 +63,12 @@ typedef struct kv_split_task {
     const float *distances; /* [num_rows] the query's position less the split's first token's */
     const float *places;    /* [KV_SPLIT] the same of the keys, or NULL where they stand in order */
     kv_format k_format, v_format;
+    kv_channels k_channels, v_channels;
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;
     const kv_split_runs *next; /* what is read afterwards, for prefetching; may be empty */
     float *scores;  /* scratch [num_rows, KV_SPLIT], or [KV_SPLIT, KV_BLOCK_ROWS] for many rows */
-    float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows */
+    float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows or quantized formats */
     kv_partial out;
 } kv_split_task;
 
@@ -72,6 +85,15 @@ typedef struct kv_kernels {
     /* `count` elements, dense on both sides, from one float format to another. */
     void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
                     int64_t count);
+    /* Rows of a quantized format, dense [count, head_dim] and finite; 32 for a sealed group. */
+    void (*encode)(kv_format format, const float *rows, int32_t count, int32_t head_dim,
+                   const kv_channels *channels, char *codes, char *metadata);
+    /* Tokens [first, first + count) from there on as rows, row_stride floats apart. */
+    void (*decode)(kv_format format, const char *codes, const char *metadata, int32_t first,
+                   int32_t count, int32_t head_dim, const kv_channels *channels, float *rows,
+                   int64_t row_stride);
+    /* Whether none of `count` elements of a float format is a NaN or an infinity. */
+    int (*is_finite)(const void *values, kv_format format, int64_t count);
     /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, in the order in
      * which attend_split reads them: as many floats, for KV_MANY_ROWS rows or more those of a
      * multiple of KV_BLOCK_ROWS rows. With `dots` they are not scaled. */

@@ -49,21 +49,18 @@ static void kv_pack_blocks(const float *q, int32_t num_rows, int32_t q_width, fl
 /* The rows of a split's tokens as float32, with zeros up to a multiple of KV_LANES. Only tokens with
  * a bit in `needed` are decoded; what stands for a token that is not there must not be used. */
 static void kv_list_rows(const kv_split_runs *runs, const kv_run *list, kv_format format,
-                         int32_t head_dim, int32_t width, const uint32_t *needed, float *decoded,
-                         const float **rows) {
+                         const kv_channels *channels, int32_t head_dim, int32_t width,
+                         const uint32_t *needed, float *decoded, const float **rows) {
     const int in_place = format == KV_FORMAT_FP32 && head_dim % KV_LANES == 0;
     int32_t token = runs->start;
-    for (int32_t i = 0; i < runs->num_runs; i++)
-        for (int32_t t = 0; t < list[i].count; t++, token++) {
-            const char *row = list[i].rows + t * list[i].stride;
-            float *copy = decoded + (int64_t)token * width;
-            rows[token] = in_place ? (const float *)row : copy;
-            if (in_place || !needed[token / 32])
-                continue;
-            kv_convert(row, format, copy, KV_FORMAT_FP32, head_dim);
-            for (int32_t d = head_dim; d < width; d++)
-                copy[d] = 0.0f;
-        }
+    for (int32_t i = 0; i < runs->num_runs; token += list[i++].count) {
+        for (int32_t t = 0; t < list[i].count; t++)
+            rows[token + t] = in_place ? (const float *)(list[i].rows + t * list[i].stride)
+                                       : decoded + (int64_t)(token + t) * width;
+        if (!in_place && needed[token / 32])
+            kv_decode_run(&list[i], format, channels, head_dim, decoded + (int64_t)token * width,
+                          width);
+    }
     for (int32_t end = token; token <= KV_SPLIT; token++) /* tiles reach beyond the last */
         rows[token] = rows[end - 1];
 }
@@ -382,21 +379,14 @@ static void kv_value_block(const kv_split_task *task, int32_t row, int32_t num_r
 typedef struct kv_fetch {
     const kv_split_runs *runs;
     int32_t run, token; /* the next to fetch */
-    int32_t k_bytes, v_bytes;
 } kv_fetch;
-
-static kv_fetch kv_fetch_next(const kv_split_task *task) {
-    return (kv_fetch){.runs = task->next,
-                      .k_bytes = task->head_dim * (task->k_format == KV_FORMAT_FP32 ? 4 : 2),
-                      .v_bytes = task->head_dim_v * (task->v_format == KV_FORMAT_FP32 ? 4 : 2)};
-}
 
 static void kv_fetch_tokens(kv_fetch *fetch, int32_t num_tokens) {
     for (; num_tokens > 0 && fetch->run < fetch->runs->num_runs; num_tokens--) {
         const kv_run *k = &fetch->runs->k[fetch->run], *v = &fetch->runs->v[fetch->run];
-        for (int32_t b = 0; b < fetch->k_bytes; b += 64)
+        for (int32_t b = 0; b < k->nbytes; b += 64)
             kv_prefetch(k->rows + fetch->token * k->stride + b);
-        for (int32_t b = 0; b < fetch->v_bytes; b += 64)
+        for (int32_t b = 0; b < v->nbytes; b += 64)
             kv_prefetch(v->rows + fetch->token * v->stride + b);
         if (++fetch->token == k->count) {
             fetch->token = 0;
@@ -431,11 +421,11 @@ static void kv_attend_many(const kv_split_task *task) {
     const int32_t num_blocks = (task->num_rows + KV_BLOCK_ROWS - 1) / KV_BLOCK_ROWS;
     const int32_t tiles =
         num_blocks * (kv_find_seen(task, 0, task->num_rows, seen) / KV_TILE_TOKENS);
-    kv_list_rows(task->runs, task->runs->k, task->k_format, task->head_dim, task->q_width, seen,
-                 task->decoded, k);
-    kv_list_rows(task->runs, task->runs->v, task->v_format, task->head_dim_v, task->o_width, seen,
-                 task->decoded + KV_SPLIT * task->q_width, v);
-    kv_fetch fetch = kv_fetch_next(task);
+    kv_list_rows(task->runs, task->runs->k, task->k_format, &task->k_channels, task->head_dim,
+                 task->q_width, seen, task->decoded, k);
+    kv_list_rows(task->runs, task->runs->v, task->v_format, &task->v_channels, task->head_dim_v,
+                 task->o_width, seen, task->decoded + KV_SPLIT * task->q_width, v);
+    kv_fetch fetch = {.runs = task->next};
     const int32_t fetched = KV_SPLIT / (tiles > 0 ? tiles : 1) + 1; /* tokens, by each tile */
     for (int32_t row = 0; row < task->num_rows; row += KV_BLOCK_ROWS) {
         const int32_t left = task->num_rows - row;

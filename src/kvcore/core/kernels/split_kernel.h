@@ -45,17 +45,7 @@ static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, k
         kv_pack_groups(q, num_rows, q_width, k_format, panels);
 }
 
-static void kv_attend_split(const kv_split_task *task) {
-#if KV_HAS_DOT_BF16
-    if (task->dots) {
-        kv_dot_attend(task);
-        return;
-    }
-#endif
-    if (task->num_rows >= KV_MANY_ROWS) {
-        kv_attend_many(task);
-        return;
-    }
+static void kv_attend_few(const kv_split_task *task) {
     const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
     kv_score_split(task);
     for (int32_t r = 0; r < task->num_rows; r++) {
@@ -69,4 +59,59 @@ static void kv_attend_split(const kv_split_task *task) {
                        task->out.l + r);
     }
     kv_value_split(task);
+}
+
+/* ---- quantized formats ----------------------------------------------------------------------- */
+
+/* Replaces what is quantized of a split's K or V, as far as a row sees it, by decoded rows. */
+static void kv_replace_runs(const kv_split_runs *runs, kv_run *list, kv_format format,
+                            const kv_channels *channels, int32_t head_dim, int32_t width,
+                            const uint32_t *needed, float *decoded) {
+    int32_t token = runs->start;
+    for (int32_t i = 0; i < runs->num_runs; token += list[i++].count) {
+        float *rows = decoded + (int64_t)token * width;
+        if (needed[token / 32])
+            kv_decode_run(&list[i], format, channels, head_dim, rows, width);
+        list[i] = (kv_run){.rows = (const char *)rows,
+                           .stride = width * (int64_t)sizeof(float),
+                           .count = list[i].count,
+                           .nbytes = head_dim * (int32_t)sizeof(float)};
+    }
+}
+
+/* What is decoded once has the bits that many rows give it. */
+static void kv_attend_decoded(const kv_split_task *task) {
+    static const kv_split_runs nothing = {0};
+    kv_split_runs runs = *task->runs;
+    kv_split_task plain = *task;
+    uint32_t seen[KV_SPLIT_WORDS];
+    kv_find_seen(task, 0, task->num_rows, seen);
+    if (!kv_is_float(task->k_format)) {
+        kv_replace_runs(&runs, runs.k, task->k_format, &task->k_channels, task->head_dim,
+                        task->q_width, seen, task->decoded);
+        plain.k_format = KV_FORMAT_FP32;
+    }
+    if (!kv_is_float(task->v_format)) {
+        kv_replace_runs(&runs, runs.v, task->v_format, &task->v_channels, task->head_dim_v,
+                        task->o_width, seen, task->decoded + KV_SPLIT * task->q_width);
+        plain.v_format = KV_FORMAT_FP32;
+    }
+    plain.runs = &runs;
+    plain.next = &nothing;
+    kv_attend_few(&plain);
+}
+
+static void kv_attend_split(const kv_split_task *task) {
+#if KV_HAS_DOT_BF16
+    if (task->dots) {
+        kv_dot_attend(task);
+        return;
+    }
+#endif
+    if (task->num_rows >= KV_MANY_ROWS)
+        kv_attend_many(task);
+    else if (kv_is_float(task->k_format) && kv_is_float(task->v_format))
+        kv_attend_few(task);
+    else
+        kv_attend_decoded(task);
 }

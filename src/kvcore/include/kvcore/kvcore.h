@@ -257,6 +257,13 @@ KV_API kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t
 /* K or V of one layer, [num_blocks, num_heads, block_size, head_dim], by strides in bytes. The
  * elements of one row are dense.
  *
+ * In a quantized format a block and head are a tile: the codes of its tokens without gaps, then at
+ * metadata_offset their metadata without gaps. docs/formats.md says what they are.
+ *
+ * Of quantized tokens some are read raw, as bfloat16: a query stored at i sees key j so if
+ * j < raw_first or j >= (i + 1) / 32 * 32 - raw_last. `raw` has these rows, in blocks of 32 tokens
+ * that plan->raw places.
+ *
  * Where V is the first elements of K and stored there alone (multi-head latent attention), V is a
  * copy of K's kv_blocks with the smaller head_dim. kv_attend and kv_read take it like any other;
  * kv_append and kv_copy_blocks are called for K only. */
@@ -265,9 +272,15 @@ typedef struct kv_blocks {
     kv_format format;
     int32_t num_blocks, num_heads, block_size, head_dim;
     int64_t block_stride, head_stride, token_stride;
+    int64_t metadata_offset;     /* from the start of a tile; 0 for fp32, fp16 and bf16 */
+    const float *bias;           /* [H, D] subtracted before encoding; NULL: none */
+    const float *scales;         /* [H, D] of int8_static; NULL in other formats */
+    const struct kv_blocks *raw; /* bf16, with block_size 32; NULL: every token is read encoded */
+    int32_t raw_first, raw_last; /* raw_last is a multiple of 32 */
+    int32_t saturate; /* non-zero: append takes NaN as 0 and infinity as 65504, else it fails */
 } kv_blocks;
 
-/* Fills `out` for a dense [N, H, B, D] buffer; data may be NULL to learn the sizes. */
+/* Fills `out` for a dense buffer, [N, H, B, D] or tiles; data may be NULL to learn the sizes. */
 KV_API kv_status kv_blocks_init(kv_blocks *out, void *data, kv_format format, int32_t num_blocks,
                                 int32_t num_heads, int32_t block_size, int32_t head_dim);
 KV_API int64_t kv_blocks_nbytes(const kv_blocks *blocks);
@@ -294,13 +307,30 @@ typedef struct kv_rows {
 /* Runs plan->copies on one array of blocks. */
 KV_API kv_status kv_copy_blocks(const kv_plan *plan, const kv_blocks *blocks);
 
-/* Encodes rows into the plan's slots. Call once for K and once for V. A slot of -1 is skipped. */
+/* Decodes the raw rows that plan->raw->restores names from the encoded ones. */
+KV_API kv_status kv_restore_raw(const kv_plan *plan, const kv_blocks *blocks);
+
+/* KV_ERR_NOT_FINITE if a new row has a NaN or an infinity; *token, *head say where the first is. */
+KV_API kv_status kv_check_finite(const kv_plan *plan, const kv_rows *rows, int32_t *token,
+                                 int32_t *head);
+
+/* Encodes rows into the plan's slots. Call once for K and once for V. A slot of -1 is skipped.
+ * KV_ERR_NOT_FINITE, with nothing stored: quantized formats have no code for such a row. */
 KV_API kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks);
 
-/* Decodes tokens [start, stop) of one sequence into rows [stop - start, H, D] (ragged, `out` with
- * padded_length 0). `block_row` holds the sequence's blocks. */
-KV_API kv_status kv_read(const kv_blocks *blocks, const int32_t *block_row, int32_t num_columns,
-                         int32_t start, int32_t stop, const kv_rows *out);
+/* One sequence as its next token would read it. */
+typedef struct kv_sequence_rows {
+    const int32_t *block_row; /* [num_columns] the sequence's blocks */
+    int32_t num_columns;
+    const int32_t *raw_row; /* [num_raw_columns] those of its raw rows; NULL: there are none */
+    int32_t num_raw_columns;
+    int32_t length; /* tokens that it holds, for raw rows */
+} kv_sequence_rows;
+
+/* Decodes tokens [start, stop) into rows [stop - start, H, D] (ragged, `out` with padded_length 0).
+ * Raw rows that were lost are read encoded. */
+KV_API kv_status kv_read(const kv_blocks *blocks, const kv_sequence_rows *sequence, int32_t start,
+                         int32_t stop, const kv_rows *out);
 
 /* In the order in which they act. A struct_size that ends before a field leaves that option off, as
  * 0 and NULL do; scale and exact are required. i is a query's position and j a key's: positions[t]
