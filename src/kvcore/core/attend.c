@@ -85,7 +85,8 @@ static kv_status find_shares(kv_attend_call *call, kv_workspace *workspace) {
 
 /* Bytes of a line's lists; with `memory`, also hands them out. */
 static int64_t lay_out_lists(int64_t num_units, char *memory, kv_line *line) {
-    const int64_t units = round_up((num_units + 1) * (int64_t)sizeof(kv_unit), 64);
+    const int64_t places = num_units + KV_MAX_THREADS; /* cuts may add units; and an end mark */
+    const int64_t units = round_up(places * (int64_t)sizeof(kv_unit), 64);
     const int64_t cuts = KV_MAX_THREADS * (int64_t)sizeof(kv_cut);
     if (memory) {
         line->num_units = num_units;

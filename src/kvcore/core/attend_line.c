@@ -7,6 +7,8 @@
 /* Some 30 microseconds' worth: less is not worth waking a thread for. */
 enum { PART_WORK = 1 << 20 }; /* cost * head_dim */
 
+enum { MAX_SLOT_BYTES = 64 << 20 };
+
 static int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
@@ -125,8 +127,10 @@ void kv_line_cut(kv_line *line, int64_t cost) {
         if (line->units[u].num_rows > line->tile_rows)
             line->tile_rows = line->units[u].num_rows;
     line->num_parts = kv_num_parts(cost, PART_WORK / line->call->k->head_dim);
-    line->num_cuts = kv_cut_work(line->units, line->num_units, line->num_parts, line->bounds,
-                                 line->cuts, &line->slot_rows);
+    const int64_t row_bytes = (line->call->o_width + 2) * (int64_t)sizeof(float);
+    line->num_cuts =
+        kv_cut_work(line->units, &line->num_units, line->num_parts, MAX_SLOT_BYTES / row_bytes,
+                    line->bounds, line->cuts, &line->slot_rows);
 }
 
 int64_t kv_line_nbytes(kv_line *line) {

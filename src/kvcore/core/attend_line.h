@@ -6,7 +6,7 @@
 
 typedef struct kv_line {
     const kv_attend_call *call;
-    kv_unit *units; /* [num_units + 1] */
+    kv_unit *units; /* [num_units + 1], with room for KV_MAX_THREADS - 1 more */
     kv_bound *bounds;
     kv_cut *cuts;
     int64_t num_units, slot_rows;

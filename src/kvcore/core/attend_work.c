@@ -1,5 +1,7 @@
 #include "attend_work.h"
 
+#include <string.h>
+
 enum {
     TOKEN_COST = 4, /* reading a token of K and V costs about as much as four rows' arithmetic */
     WHOLE_UNITS = 8 /* a unit below 1 / WHOLE_UNITS of a part's cost is not cut */
@@ -157,43 +159,88 @@ static int64_t find_unit(const kv_unit *units, int64_t num_units, int64_t target
     return low;
 }
 
-static kv_bound nearest_bound(const kv_unit *units, int64_t num_units, int64_t target,
-                              int64_t part_cost) {
-    const int64_t u = find_unit(units, num_units, target);
-    const kv_unit *unit = &units[u];
-    const int64_t cost = units[u + 1].start - unit->start, into = target - unit->start;
-    int32_t split;
-    if (cost * WHOLE_UNITS <= part_cost) {
-        split = 2 * into < cost ? 0 : kv_num_splits(unit);
-    } else {
-        const int64_t split_cost = row_cost(unit) * KV_SPLIT;
-        split = (int32_t)((into + split_cost / 2) / split_cost);
-    }
-    if (split >= kv_num_splits(unit))
-        return (kv_bound){(int32_t)u + 1, 0, -1};
-    return (kv_bound){(int32_t)u, split, -1};
+/* The unit's start or its end, whichever is nearer to what is `into` of its cost. */
+static kv_bound whole_bound(int64_t u, int64_t into, int64_t cost) {
+    return (kv_bound){(int32_t)(2 * into < cost ? u : u + 1), 0, -1};
 }
 
-int32_t kv_cut_work(const kv_unit *units, int64_t num_units, int32_t num_parts, kv_bound *bounds,
-                    kv_cut *cuts, int64_t *slot_rows) {
-    const int64_t total = units[num_units].start;
+/* Slots that a unit has from its first cut on. */
+static int64_t num_slot_rows(const kv_unit *unit, int32_t split) {
+    return (int64_t)(kv_num_splits(unit) - split + 1) * unit->num_rows;
+}
+
+static kv_bound split_bound(const kv_unit *units, int64_t u, int64_t into) {
+    const int64_t split_cost = row_cost(&units[u]) * KV_SPLIT;
+    const int32_t split = (int32_t)((into + split_cost / 2) / split_cost);
+    return split >= kv_num_splits(&units[u]) ? (kv_bound){(int32_t)u + 1, 0, -1}
+                                             : (kv_bound){(int32_t)u, split, -1};
+}
+
+/* Cuts a unit in two between rows. */
+static kv_bound row_bound(kv_unit *units, int64_t *num_units, int64_t u, int64_t into,
+                          int64_t cost) {
+    kv_unit *unit = &units[u];
+    const int64_t rows = unit->num_rows;
+    const int32_t row =
+        (int32_t)((into * rows / cost + KV_MANY_ROWS / 2) / KV_MANY_ROWS * KV_MANY_ROWS);
+    if (row == 0 || row >= rows)
+        return (kv_bound){(int32_t)(row == 0 ? u : u + 1), 0, -1};
+    memmove(unit + 1, unit, (size_t)(*num_units + 1 - u) * sizeof(*unit));
+    ++*num_units;
+    unit[0].num_rows = row;
+    unit[1].num_rows -= row;
+    unit[1].first_row += row;
+    unit[1].state_row += unit[1].state_row >= 0 ? row : 0;
+    unit[1].start += cost * row / rows;
+    return (kv_bound){(int32_t)u + 1, 0, -1};
+}
+
+/* The possible bound that is nearest to `target` on the line. most_slot_rows: of one cut. */
+static kv_bound nearest_bound(kv_unit *units, int64_t *num_units, int64_t target, int64_t part_cost,
+                              int64_t most_slot_rows) {
+    const int64_t u = find_unit(units, *num_units, target);
+    const int64_t cost = units[u + 1].start - units[u].start, into = target - units[u].start;
+    if (cost * WHOLE_UNITS <= part_cost)
+        return whole_bound(u, into, cost);
+    const kv_bound bound = split_bound(units, u, into);
+    if (bound.split == 0 || num_slot_rows(&units[u], bound.split) <= most_slot_rows)
+        return bound;
+    if (units[u].num_rows >= 2 * KV_MANY_ROWS)
+        return row_bound(units, num_units, u, into, cost);
+    return whole_bound(u, into, cost);
+}
+
+static int32_t cut_work(kv_unit *units, int64_t *num_units, int32_t num_parts,
+                        int64_t most_slot_rows, kv_bound *bounds, kv_cut *cuts,
+                        int64_t *slot_rows) {
+    const int64_t total = units[*num_units].start;
     int32_t num_cuts = 0;
     *slot_rows = 0;
     bounds[0] = (kv_bound){0, 0, -1};
-    bounds[num_parts] = (kv_bound){(int32_t)num_units, 0, -1};
     for (int32_t part = 1; part < num_parts; part++) {
         kv_bound *bound = &bounds[part];
-        *bound = nearest_bound(units, num_units,
-                               total / num_parts * part + total % num_parts * part / num_parts,
-                               total / num_parts);
+        const int64_t before = units[bound[-1].unit].start;
+        const int64_t target = total / num_parts * part + total % num_parts * part / num_parts;
+        *bound = nearest_bound(units, num_units, target > before ? target : before,
+                               total / num_parts, most_slot_rows);
         if (bound->split == 0)
             continue;
         if (num_cuts == 0 || cuts[num_cuts - 1].unit != bound->unit) {
-            const kv_unit *unit = &units[bound->unit];
             cuts[num_cuts++] = (kv_cut){bound->unit, bound->split, *slot_rows};
-            *slot_rows += (int64_t)(kv_num_splits(unit) - bound->split + 1) * unit->num_rows;
+            *slot_rows += num_slot_rows(&units[bound->unit], bound->split);
         }
         bound->cut = num_cuts - 1;
     }
+    bounds[num_parts] = (kv_bound){(int32_t)*num_units, 0, -1};
     return num_cuts;
+}
+
+int32_t kv_cut_work(kv_unit *units, int64_t *num_units, int32_t num_parts, int64_t most_slot_rows,
+                    kv_bound *bounds, kv_cut *cuts, int64_t *slot_rows) {
+    const int32_t num_cuts =
+        cut_work(units, num_units, num_parts, INT64_MAX, bounds, cuts, slot_rows);
+    return *slot_rows <= most_slot_rows
+               ? num_cuts
+               : cut_work(units, num_units, num_parts, most_slot_rows / num_parts, bounds, cuts,
+                          slot_rows);
 }

@@ -1,7 +1,8 @@
 /* How the work of one attention call is divided. A unit is one tile of query rows of one KV head; it
  * runs over the splits of its keys. All splits of all units lie on a line, which is cut into parts
  * of equal cost. A cut may fall inside a unit: its splits after the cut are then kept as separate
- * partials and merged in order at the end, so that where cuts fall never shows.
+ * partials and merged in order at the end, so that where cuts fall never shows. Where these would take
+ * too much memory, units are cut between rows, which needs none, but lets two parts read the same.
  *
  * A call has one line, or two where sequences share prefixes: the first runs over these for the rows
  * of all that share them, and the second goes on from there for each sequence alone. */
@@ -62,8 +63,9 @@ static inline int32_t kv_num_splits(const kv_unit *unit) {
 }
 
 /* Fills bounds[num_parts + 1] and at most num_parts - 1 cuts; returns how many cuts there are.
- * *slot_rows is the number of rows that all slots have. */
-int32_t kv_cut_work(const kv_unit *units, int64_t num_units, int32_t num_parts, kv_bound *bounds,
-                    kv_cut *cuts, int64_t *slot_rows);
+ * *slot_rows is the number of rows that all slots have, at most most_slot_rows. Cuts between rows add
+ * up to num_parts - 1 units, for which `units` has room. */
+int32_t kv_cut_work(kv_unit *units, int64_t *num_units, int32_t num_parts, int64_t most_slot_rows,
+                    kv_bound *bounds, kv_cut *cuts, int64_t *slot_rows);
 
 #endif
