@@ -1,6 +1,7 @@
 """python -m bench: measures the machine, then append and attend beside the peers.
 
-`python -m bench curves` draws time against context, `python -m bench profile` measures floors.
+`python -m bench curves` draws time against context, `python -m bench profile` measures floors, and
+`python -m bench dots` compares two instructions for a prefill of bf16.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kvcore
-from bench import control, curves, peers, profile, report
+from bench import control, curves, dots, peers, profile, report
 from bench.arguments import names, positive
 from bench.cases import CASES, FORMATS, KINDS, expand
 from bench.machine import Pinning, affinity, describe, l3_bytes, out_dir
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         return curves.main(argv[1:])
     if argv[:1] == ["profile"]:
         return profile.main(argv[1:])
+    if argv[:1] == ["dots"]:
+        return dots.main(argv[1:])
     arguments = _parse(argv)
     if arguments.list:
         for case in CASES.values():

@@ -1,6 +1,6 @@
 /* What the machine can do: read memory, and multiply and add.
  *
- * Compiled by roof.py for the CPU that it runs on. Both functions share their work with threads that
+ * Compiled by roof.py for the CPU that it runs on. The functions share their work with threads that
  * they start, each on a CPU of its own, and return the seconds from when all were ready until all
  * were done: what starting threads takes is not counted. *waited becomes the seconds, summed over the threads, that
  * they were ready to run and had no CPU. A negative result means that the system gave no thread. */
@@ -165,6 +165,29 @@ static float fma_part(const part *self) {
             chains[c] = chains[c] * half + one;
     return sum_lanes(chains, CHAINS);
 }
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+static float dot_part(const part *self) {
+    __m512 chains[CHAINS];
+    const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3f003f00); /* pairs of 0.5 */
+    for (int c = 0; c < CHAINS; c++)
+        chains[c] = _mm512_set1_ps((float)c);
+    for (int64_t i = 0; i < self->of->iterations; i++)
+        for (int c = 0; c < CHAINS; c++)
+            chains[c] = _mm512_dpbf16_ps(chains[c], a, a);
+    return sum_lanes((const vector *)chains, CHAINS);
+}
+
+/* Seconds in which each of num_threads threads does iterations * 2 * roof_flops() flops, by dot
+ * products of bf16 pairs. */
+double roof_dot(int64_t iterations, int num_threads, const int *cpus, double *waited) {
+    team of = {
+        .function = dot_part, .num_threads = num_threads, .cpus = cpus, .iterations = iterations};
+    return run(&of, waited);
+}
+#endif
 
 /* Seconds in which num_threads threads read the buffers once. */
 double roof_read(const float *const *buffers, const size_t *lengths, int num_buffers,

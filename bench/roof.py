@@ -68,6 +68,11 @@ class Roof:
         iterations = max(1, round(flops / self.num_threads / self._library.roof_flops()))
         return _timed(self._library.roof_fma, iterations, self.num_threads, self._cpus)
 
+    def compute_dots(self, flops: float) -> Timing:
+        """As `compute`, by dot products of bf16 pairs, for the ISA "avx512_bf16"."""
+        iterations = max(1, round(flops / self.num_threads / self._library.roof_flops() / 2))
+        return _timed(self._library.roof_dot, iterations, self.num_threads, self._cpus)
+
     def limits(self, nbytes: int, rounds: int = 9) -> Limits:
         """Reads `nbytes` and computes for a tenth of a second or so, `rounds` times each."""
         memory = np.ones(nbytes // 4, np.float32)
@@ -89,6 +94,9 @@ def _compile() -> ctypes.CDLL:
     flags = list(FLAGS)
     if kvcore.get_isa() == "avx2":  # a limit is that of the instructions that may be used
         flags.append("-mno-avx512f")
+    dots = "avx512_bf16" in kvcore.available_isas()
+    if dots:
+        flags.append("-mavx512bf16")  # where a hypervisor hides it, the compiler does not see it
     library = compile_probe(SOURCE, flags)
     library.roof_read.restype = library.roof_fma.restype = ctypes.c_double
     library.roof_read.argtypes = [
@@ -105,6 +113,9 @@ def _compile() -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.c_void_p,
     ]
+    if dots:
+        library.roof_dot.restype = library.roof_fma.restype
+        library.roof_dot.argtypes = library.roof_fma.argtypes
     return library
 
 
