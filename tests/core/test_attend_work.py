@@ -24,7 +24,7 @@ UNBOUNDED = 2**62
 class Unit(ct.Structure):
     _fields_ = [
         *((name, i32) for name in ("share", "sequence", "head", "first_row", "num_rows")),
-        *((name, i32) for name in ("begin", "end")),
+        *((name, i32) for name in ("begin", "end", "raw_begin")),
         *((name, i64) for name in ("state_row", "start")),
     ]
 
@@ -83,7 +83,7 @@ def cut_work(tmp_path_factory):
         units = (Unit * (len(tiles) + MOST_PARTS))()
         start = state_row = 0
         for u, (rows, tokens) in enumerate(tiles):
-            units[u] = Unit(-1, u, 0, 7 * u, rows, 0, tokens, state_row, start)
+            units[u] = Unit(-1, u, 0, 7 * u, rows, 0, tokens, tokens, state_row, start)
             start += (rows + TOKEN_COST) * tokens
             state_row += rows
         units[len(tiles)].start = start
@@ -114,7 +114,7 @@ def test_parts_take_all_rows_once_and_slots_stay_bounded(
     for unit in work.units:
         assert unit.num_rows > 0
         rows.setdefault(unit.sequence, []).append((unit.first_row, unit.state_row))
-        assert unit.end == tiles[unit.sequence][1]
+        assert unit.end == unit.raw_begin == tiles[unit.sequence][1]
     for s, (count, _) in enumerate(tiles):
         first = 7 * s, sum(n for n, _ in tiles[:s])
         sizes = [unit.num_rows for unit in work.units if unit.sequence == s]

@@ -43,7 +43,7 @@ static uint64_t saved_state(uint32_t leaf1_ecx) {
     return (uint64_t)high << 32 | low;
 }
 
-/* Zen 4 and 5 do dot products at the rate of FMAs; Intel's server cores at a third of it or less. */
+/* Zen 4 and 5 do dot products at the rate of FMAs; Emerald Rapids at a quarter of it. */
 static int is_amd(void) {
     uint32_t a, b, c, d;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
