@@ -531,10 +531,16 @@ class TestSizes:
         with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match=r"^retention: "):
             kvcore.GroupSpec(64, retention)
 
-    @pytest.mark.parametrize("arguments", [(20, -1), (20, 1.5), (20, None), (None, 1)])
+    @pytest.mark.parametrize("arguments", [(20, -1), (20, 1.5), (20, None)])
     def test_slack_that_is_refused(self, arguments):
         with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match=r"^slack: "):
             kvcore.GroupSpec(64, *arguments)
+
+    def test_slack_without_a_retention(self):
+        """It means something only where rows are kept raw."""
+        with pytest.raises(kvcore.InvalidArgument, match=r"^slack: expected 0 in group 0"):
+            kvcore.CacheSpec(1, 1, 32, groups=[kvcore.GroupSpec(64, None, 1)])
+        kvcore.CacheSpec(1, 1, 32, groups=[kvcore.GroupSpec(64, None, 1)], k_format="int8")
 
 
 class TestCDoor:

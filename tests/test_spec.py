@@ -124,7 +124,7 @@ BAD = [
     ("block_size", {"block_size": 48}),
     ("block_size", {"block_size": 8192}),
     ("block_size", {"block_size": "64"}),
-    ("k_format", {"k_format": "fp8"}),
+    ("k_format", {"k_format": "fp7"}),
     ("k_format", {"k_format": None}),
     ("v_format", {"v_format": "FP32"}),
     ("v_format", {"v_format": ["fp32"]}),

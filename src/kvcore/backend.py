@@ -40,7 +40,7 @@ class Backend(Protocol):
     name: str
 
     def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
-        """Memory for num_blocks[g] blocks of each group g."""
+        """Memory for num_blocks[p] blocks of each of spec.pools: groups, then their raw rows."""
         ...
 
     def append(
@@ -63,8 +63,12 @@ class Backend(Protocol):
         """out, or (out, lse): attention of the new tokens over their sequences."""
         ...
 
-    def copy_blocks(self, storage: Storage, group: int, plan: Plan) -> None:
-        """Runs the plan's copies in every layer of a group."""
+    def copy_blocks(self, storage: Storage, pool: int, plan: Plan) -> None:
+        """Runs the plan's copies in every layer of a group, or in the raw rows of one."""
+        ...
+
+    def restore_raw(self, storage: Storage, group: int, plan: Plan) -> None:
+        """Decodes the raw rows that the group's plan restores, after all copies."""
         ...
 
     def blocks(self, storage: Storage, layer: int) -> tuple[Any, Any]:
@@ -72,11 +76,18 @@ class Backend(Protocol):
         ...
 
     def read(
-        self, storage: Storage, layer: int, block_row: Any, start: int, stop: int
+        self,
+        storage: Storage,
+        layer: int,
+        block_row: Any,
+        start: int,
+        stop: int,
+        raw_row: Any | None,
     ) -> tuple[Any, Any]:
-        """K and V of tokens [start, stop) of the sequence behind block_row, decoded to float32.
+        """K and V of tokens [start, stop) of a sequence as its next token reads them, in float32.
 
-        V is a view of K where it lies there.
+        The sequence ends at `stop`; block_row and raw_row are its blocks, raw_row None where its
+        group has no raw rows. V is a view of K where it lies there.
         """
         ...
 

@@ -19,8 +19,9 @@ from kvcore.errors import (
     SequenceFreed,
     TokensReleased,
 )
+from kvcore.groups import MAX_SLOTS, RAW_BLOCK_SIZE, GroupSpec
 from kvcore.sequence import Sequence
-from kvcore.spec import MAX_SLOTS, CacheSpec
+from kvcore.spec import CacheSpec
 from kvcore.step import Step
 from kvcore.units import format_bytes, parse_bytes
 
@@ -56,7 +57,7 @@ class CacheStats:
     """What a cache holds and has done.
 
     Attributes:
-        groups: each group's own counts.
+        groups: each group's own counts, then those of `spec.raw_groups`' raw rows.
         total, in_use, cached, free, allocations, evictions, copies, released, reencoded_rows:
             their sums over the groups.
         bytes: bytes of storage, allocated when the cache was made.
@@ -118,9 +119,13 @@ class KVCache:
     Args:
         spec: layers, groups and formats.
         num_blocks: blocks of each group, one number or one a group.
+        num_raw_blocks: blocks of 32 raw rows for each group that has such (`spec.raw_groups`), one
+            number or one a group. When left out, what sequences of `sequence_length` tokens (1,024
+            when that is left out too) need that fill the cache, and 2,048 new tokens of one step;
+            but no more than if every token were read raw.
         memory: instead of num_blocks, bytes of storage: a number, a text like "2GiB", or "auto"
             for half of the memory that is available.
-        sequence_length: with memory, tokens of the sequences that the cache is for. Groups with a
+        sequence_length: tokens of the sequences that the cache is for. With memory, groups with a
             retention then take the blocks that as many of these need as the others have room for;
             when left out, every group has room for as many tokens.
         backend: "cpu" or "cuda".
@@ -136,6 +141,7 @@ class KVCache:
         self,
         spec: CacheSpec,
         num_blocks: int | Iterable[int] | None = None,
+        num_raw_blocks: int | Iterable[int] | None = None,
         *,
         memory: int | str | None = None,
         sequence_length: int | None = None,
@@ -146,16 +152,21 @@ class KVCache:
             raise InvalidType(f"spec: expected a CacheSpec, got {type(spec).__name__}")
         self.spec = spec
         self.backend = get_backend(backend)
-        self.num_blocks = _count_blocks(spec, num_blocks, memory, sequence_length)
+        self.num_blocks, self.num_raw_blocks = _count_blocks(
+            spec, num_blocks, num_raw_blocks, memory, sequence_length
+        )
         self._salts: dict[str | bytes, int] = {}
+        raw = dict(zip(spec.raw_groups, self.num_raw_blocks, strict=True))
+        extents = {g: (n, spec.raw_first, spec.raw_last) for g, n in raw.items()}
         self._control = ControlPlane(
             [
-                (group.block_size, n, group.retention or 0, group.slack, 0, 0, 0)
-                for group, n in zip(spec.groups, self.num_blocks, strict=True)
+                (group.block_size, n, group.retention or 0, group.slack, *extents.get(g, (0, 0, 0)))
+                for g, (group, n) in enumerate(zip(spec.groups, self.num_blocks, strict=True))
             ],
             [(layer.group, layer.kv_source) for layer in spec.layers],
         )
-        self._storage = self.backend.allocate(spec, self.num_blocks, device)
+        counts = (*self.num_blocks, *self.num_raw_blocks)
+        self._storage = self.backend.allocate(spec, counts, device)
         self._retentions = [spec.groups[layer.group].retention for layer in spec.layers]
 
     def __repr__(self) -> str:
@@ -168,6 +179,8 @@ class KVCache:
             f"{n} blocks of {group.block_size}"
             for group, n in zip(spec.groups, self.num_blocks, strict=True)
         )
+        if self.num_raw_blocks:
+            sizes += f" and {sum(self.num_raw_blocks)} of {RAW_BLOCK_SIZE} raw rows"
         return (
             f"KVCache({self.backend.name}, {spec.num_layers} layers {', '.join(formats)}, {sizes}, "
             f"{format_bytes(stats.bytes)}: {stats.in_use} in use, {stats.cached} cached, "
@@ -207,9 +220,12 @@ class KVCache:
         """
         step = Step(self, steps.begin(self._control, _listed(entries), self._read_entry))
         try:
-            for group in range(len(self.spec.groups)):
-                if step.plan(group).num_copies:
-                    self.backend.copy_blocks(self._storage, group, step.plan(group))
+            for pool, plan in enumerate(step._plans):
+                if plan.num_copies:
+                    self.backend.copy_blocks(self._storage, pool, plan)
+            for group, plan in enumerate(step._plans):
+                if plan.raw is not None and plan.raw.num_restores:
+                    self.backend.restore_raw(self._storage, group, plan)
         except BaseException:
             step.rollback()
             raise
@@ -236,8 +252,8 @@ class KVCache:
     def stats(self) -> CacheStats:
         """Blocks by state, bytes, prefix hits, evictions and copies."""
         groups = tuple(
-            GroupStats(f"group {group}", **_without_size(self._control.group_stats(group)))
-            for group in range(len(self.spec.groups))
+            GroupStats(name, **_without_size(self._control.group_stats(pool)))
+            for pool, name in enumerate(_pool_names(self.spec))
         )
         counts = _without_size(self._control.stats())
         return CacheStats(groups=groups, bytes=self._storage.nbytes, **counts)
@@ -279,6 +295,7 @@ class KVCache:
 
     def _read(self, sequence: Sequence, layer: int, start: int | None) -> tuple[Any, Any]:
         group = self.spec.layers[checks.integer(layer, "layer", 0, self.spec.num_layers - 1)].group
+        raw = self.spec.raw_pool(group)
         # A fork holds the blocks while they are read, and refuses a sequence in an open step.
         held = sequence.fork()
         try:
@@ -289,7 +306,8 @@ class KVCache:
                     f"start: expected {first} to {stop}, the tokens that group {group} keeps, "
                     f"got {begin}"
                 )
-            return self.backend.read(self._storage, layer, held.blocks(group), begin, stop)
+            raw_row = None if raw is None else held.blocks(raw)
+            return self.backend.read(self._storage, layer, held.blocks(group), begin, stop, raw_row)
         finally:
             held.free()
 
@@ -305,32 +323,51 @@ class KVCache:
 def _count_blocks(
     spec: CacheSpec,
     num_blocks: int | Iterable[int] | None,
+    num_raw_blocks: int | Iterable[int] | None,
     memory: int | str | None,
     sequence_length: int | None,
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Blocks of each group, and of each pool of raw rows."""
     if (num_blocks is None) == (memory is None):
         raise InvalidArgument(
             "num_blocks, memory: expected exactly one of them, got "
             + ("neither" if memory is None else "both")
         )
-    if memory is not None:
-        return spec.blocks_in(parse_bytes(memory), sequence_length)
-    if sequence_length is not None:
+    if num_raw_blocks is not None and not spec.raw_groups:
         raise InvalidArgument(
-            f"sequence_length: expected None with num_blocks, got {sequence_length}"
+            f"num_raw_blocks: expected None, as no group has raw rows, got {num_raw_blocks}"
         )
-    if isinstance(num_blocks, Iterable):
-        num_blocks = tuple(num_blocks)
-    assert num_blocks is not None
-    counts = spec.blocks_per_group(num_blocks)
-    for group, count in zip(spec.groups, counts, strict=True):
-        most = MAX_SLOTS // group.block_size
+    given = tuple(num_raw_blocks) if isinstance(num_raw_blocks, Iterable) else num_raw_blocks
+    if memory is not None:
+        counts = spec.blocks_in(parse_bytes(memory), sequence_length, given)
+    else:
+        if sequence_length is not None and not spec.raw_groups:
+            raise InvalidArgument(
+                "sequence_length: expected None with num_blocks, as no group has raw rows, "
+                f"got {sequence_length}"
+            )
+        wanted = tuple(num_blocks) if isinstance(num_blocks, Iterable) else num_blocks
+        assert wanted is not None
+        counts = spec.blocks_per_group(wanted)
+    raw = spec.raw_blocks_per_group(counts, given, sequence_length)
+    _check_slots(spec.groups, counts, "num_blocks")
+    _check_slots(spec.pools[len(counts) :], raw, "num_raw_blocks")
+    return counts, raw
+
+
+def _check_slots(pools: Iterable[GroupSpec], counts: Iterable[int], argument: str) -> None:
+    for pool, count in zip(pools, counts, strict=True):
+        most = MAX_SLOTS // pool.block_size
         if count > most:
             raise InvalidArgument(
-                f"num_blocks: expected at most {most} blocks of {group.block_size}, as slots are "
+                f"{argument}: expected at most {most} blocks of {pool.block_size}, as slots are "
                 f"int32, got {count}"
             )
-    return counts
+
+
+def _pool_names(spec: CacheSpec) -> list[str]:
+    names = [f"group {g}" for g in range(len(spec.groups))]
+    return names + [f"group {g}, raw rows" for g in spec.raw_groups]
 
 
 def _listed(entries: Any) -> tuple[Any, ...]:

@@ -103,12 +103,20 @@ class CpuBackend:
         return k_blocks.array, v_blocks.array
 
     def read(
-        self, storage: CpuStorage, layer: int, block_row: np.ndarray, start: int, stop: int
+        self,
+        storage: CpuStorage,
+        layer: int,
+        block_row: np.ndarray,
+        start: int,
+        stop: int,
+        raw_row: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         k_blocks, v_blocks = storage.layers[layer]
-        k = attention.read(k_blocks, block_row, start, stop)
+        k = attention.read(k_blocks, block_row, start, stop, raw_row)
         shared = storage.v_in_k[layer]
-        return k, k[..., :shared] if shared else attention.read(v_blocks, block_row, start, stop)
+        if shared:
+            return k, k[..., :shared]
+        return k, attention.read(v_blocks, block_row, start, stop, raw_row)
 
     def append_kv(
         self, k: Any, v: Any | None, k_blocks: Any, v_blocks: Any | None, slots: Any, layout: str

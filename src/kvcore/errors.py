@@ -23,19 +23,29 @@ class OutOfBlocks(KVCoreError):
     """A pool has too few blocks for what was asked; nothing was changed.
 
     Attributes:
-        group: the group whose pool is short.
+        group: the group whose pool is short, or the number of a pool of raw rows.
         needed: blocks that the call needs.
         available: blocks that are free or cached.
+        raw_of: the group whose raw rows lie in the pool; None: it is a group's own.
     """
 
-    def __init__(self, group: int, needed: int, available: int) -> None:
-        super().__init__(
-            f"group {group}: {needed} blocks needed, {available} available (free or cached); "
-            "free or truncate sequences, or create the cache with more blocks"
-        )
+    def __init__(self, group: int, needed: int, available: int, raw_of: int | None = None) -> None:
+        counts = f"{needed} blocks needed, {available} available (free or cached); "
+        if raw_of is None:
+            text = (
+                f"group {group}: {counts}free or truncate sequences, or create the cache with more "
+                "blocks"
+            )
+        else:
+            text = (
+                f"raw rows of group {raw_of}: {counts}add fewer tokens in one step, free "
+                "sequences, or create the cache with more num_raw_blocks"
+            )
+        super().__init__(text)
         self.group = group
         self.needed = needed
         self.available = available
+        self.raw_of = raw_of
 
 
 class SequenceError(KVCoreError):
@@ -55,7 +65,7 @@ class ForeignSequence(SequenceError, ValueError):
 
 
 class TokensReleased(SequenceError, ValueError):
-    """A call needs tokens that lie behind a group's retention, whose blocks were released."""
+    """A call needs tokens or raw rows whose blocks were released behind a group's retention."""
 
 
 class StepError(KVCoreError):

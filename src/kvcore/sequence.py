@@ -106,7 +106,8 @@ class Sequence:
 
     def first_kept(self, group: int = 0) -> int:
         """The first token that a group still holds; 0 unless it has a retention."""
-        spec = self.cache.spec.groups[self._group(group)]
+        groups = self.cache.spec.groups
+        spec = groups[checks.integer(group, "group", 0, len(groups) - 1)]
         if spec.retention is None:
             return 0
         return int(np.count_nonzero(self.blocks(group) < 0)) * spec.block_size
@@ -114,19 +115,24 @@ class Sequence:
     def blocks(self, group: int = 0) -> Any:
         """The numbers of the sequence's blocks in a group, in order: int32 [columns].
 
-        -1 stands for a block that the group's retention has released.
+        -1 stands for a block that was released. A pool of raw rows has a number as well, see
+        `CacheSpec.raw_pool`.
         """
-        return self.cache._control.blocks(self._live(), self._group(group))
-
-    def _group(self, group: int) -> int:
-        return checks.integer(group, "group", 0, len(self.cache.spec.groups) - 1)
+        last = len(self.cache.spec.pools) - 1
+        return self.cache._control.blocks(self._live(), checks.integer(group, "group", 0, last))
 
     def _released(self, length: int) -> TokensReleased:
         """Why the sequence cannot be cut to `length` tokens."""
         groups = self.cache.spec.groups
         kept = [self.first_kept(g) for g in range(len(groups))]
         reads = [group.first_kept(length + group.slack) for group in groups]
-        g = next(g for g, first in enumerate(reads) if first < min(kept[g], length))
+        short = (g for g, first in enumerate(reads) if first < min(kept[g], length))
+        g = next(short, None)
+        if g is None:
+            return TokensReleased(
+                f"length: expected one that needs no released raw rows, as exact is True, of 0 to "
+                f"{len(self)}, got {length}"
+            )
         retention = groups[g].retention
         assert retention is not None
         return TokensReleased(

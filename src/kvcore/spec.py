@@ -4,110 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from kvcore import checks
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore import checks, spec_sizes
 from kvcore.errors import InvalidArgument, InvalidType
-from kvcore.formats import Format, get_format
+from kvcore.groups import MAX_SLOTS, RAW_BLOCK_SIZE, GroupSpec, RawPool
+from kvcore.layers import MAX_HEAD_DIM, LayerSpec, make_layers
 
-MIN_BLOCK_SIZE = 16
-MAX_BLOCK_SIZE = 4096
-MAX_HEAD_DIM = 1024
-MAX_GROUPS = 16
-MAX_SLOTS = 2**31 - 1
+__all__ = [
+    "MAX_GROUPS",
+    "MAX_HEAD_DIM",
+    "MAX_SLOTS",
+    "RAW_BLOCK_SIZE",
+    "CacheSpec",
+    "GroupSpec",
+    "LayerSpec",
+    "RawPool",
+]
 
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One layer's cache.
-
-    Attributes:
-        num_kv_heads: heads of K and V (H).
-        head_dim: elements of a K row (D), a multiple of 8.
-        head_dim_v: elements of a V row (Dv), a multiple of 8.
-        k_format, v_format: how K and V are stored.
-        group: the group whose blocks the layer uses.
-        kv_source: the layer whose cache this one reads; its own index when it owns one.
-        v_in_k: V is the first v_in_k elements of K (then head_dim_v) and not stored; 0: it is.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    head_dim_v: int
-    k_format: str
-    v_format: str
-    group: int
-    kv_source: int
-    v_in_k: int = 0
-
-    @property
-    def formats(self) -> tuple[Format, Format]:
-        """k_format and v_format with their sizes and storage dtypes."""
-        return get_format(self.k_format), get_format(self.v_format)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's K and V, metadata included, as if the layer owned its storage."""
-        k_format, v_format = self.formats
-        row = k_format.row_nbytes(self.head_dim)
-        if not self.v_in_k:
-            row += v_format.row_nbytes(self.head_dim_v)
-        return self.num_kv_heads * row
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Layers that share one pool of blocks and one block table per sequence.
-
-    A token of a layer with a window of w reads w tokens, itself included; a group of such layers
-    has retention=w. A commit at length n then releases every block that lies wholly below token
-    n - retention + 1 - slack. After a step a sequence can be truncated or forked as far back as it
-    still holds all that its next token reads there: by `slack` tokens, or whatever the last block
-    adds.
-
-    Attributes:
-        block_size: token slots of a block, a power of two from 16 to 4096.
-        retention: the widest window that `attend` may be given; None: every token is kept.
-        slack: tokens kept beyond the retention, for steps that are to be taken back in part, as in
-            speculative decoding.
-    """
-
-    block_size: int = 64
-    retention: int | None = None
-    slack: int = 0
-
-    def __post_init__(self) -> None:
-        size = checks.integer(self.block_size, "block_size", MIN_BLOCK_SIZE, MAX_BLOCK_SIZE)
-        if size & (size - 1):
-            raise InvalidArgument(f"block_size: expected a power of two, got {size}")
-        if self.retention is not None:
-            checks.integer(self.retention, "retention", 1, MAX_SLOTS)
-        checks.integer(self.slack, "slack", 0, 0 if self.retention is None else MAX_SLOTS)
-
-    def blocks_for(self, num_tokens: int, num_new: int = 1) -> int:
-        """The most blocks that one sequence holds while it grows to `num_tokens` tokens.
-
-        Args:
-            num_tokens: its length in the end.
-            num_new: the most tokens that a step adds to it.
-        """
-        checks.integer(num_tokens, "num_tokens", 0)
-        checks.integer(num_new, "num_new", 1)
-        columns = -(-num_tokens // self.block_size)
-        if self.retention is None:
-            return columns
-        # What is kept before a step and the new tokens, wherever blocks begin.
-        span = self.retention - 1 + self.slack + num_new
-        return min(columns, (span + self.block_size - 2) // self.block_size + 1)
-
-    def first_kept(self, num_tokens: int) -> int:
-        """The first token that a sequence holds after it has grown to `num_tokens`."""
-        if self.retention is None:
-            return 0
-        first = max(0, num_tokens - self.retention + 1 - self.slack)
-        return first // self.block_size * self.block_size
+MAX_GROUPS = 16  # and pools of raw rows
+MAX_RAW_LAST = 4096
 
 
 @dataclass(frozen=True, init=False)
@@ -117,15 +36,28 @@ class CacheSpec:
     Args:
         num_layers: L.
         num_kv_heads: H, one number or one a layer.
-        head_dim: D, one number or one a layer, a multiple of 8.
+        head_dim: D, one number or one a layer, a multiple of 8, or of what the formats ask for.
         head_dim_v: Dv, likewise; v_in_k or else D when left out.
         v_in_k: V is the first v_in_k elements of K and stored there alone, as in the latent
             attention of DeepSeek-V2 (arXiv 2405.04434): one number or one a layer, a multiple of
-            8; 0 or None where V is stored apart.
-        block_size: token slots of a block, a power of two from 16 to 4096.
-        k_format: "fp32", "fp16" or "bf16".
-        v_format: likewise; when left out bf16, or k_format where V lies in K.
+            8; 0 or None where V is stored apart. Not with quantized formats.
+        block_size: token slots of a block, a power of two from 16 to 4096; from 32 with chan4 and
+            chan2.
+        k_format: a format's name, see docs/formats.md.
+        v_format: likewise, but for chan4 and chan2; when left out bf16, or k_format where V lies
+            in K.
         layer_formats: {layer: (k_format, v_format)}, over k_format and v_format.
+        raw_first: of quantized K and V, the first tokens that are read raw (as bfloat16), 0 to 32.
+        raw_last: of quantized K and V, how many of the last tokens are read raw: token i reads
+            those from 32 * ((i + 1) // 32) - raw_last on, which are raw_last to raw_last + 31. A
+            multiple of 32, 0 to 4096; with chan4 and chan2, 0 leaves those of an unfinished group.
+        key_bias: constants that are subtracted from quantized keys before they are encoded, and
+            added when they are decoded: an array [L, H, D], or a list of one [H, D] or None a
+            layer. Rounded to bfloat16. `kvcore eval --calibrate` computes it.
+        key_scales: one scale for each channel of int8_static keys, above 0, likewise [L, H, D].
+        value_scales: the same of int8_static values, [L, H, Dv].
+        saturate: store NaN as 0 and infinities as 65504 in quantized K and V, instead of raising
+            NotFinite.
         groups: several groups instead of one of `block_size`.
         layer_groups: each layer's group; needed when there are several.
         kv_sources: {layer: the lower layer whose cache it reads}.
@@ -136,11 +68,16 @@ class CacheSpec:
     Attributes:
         layers: a LayerSpec for each layer.
         groups: a GroupSpec for each group.
+        raw_first, raw_last, saturate: as given; 0, 0 and False where they mean nothing.
     """
 
     layers: tuple[LayerSpec, ...]
     groups: tuple[GroupSpec, ...]
-    _group_bytes: tuple[int, ...] = field(repr=False, compare=False)
+    raw_first: int
+    raw_last: int
+    saturate: bool
+    _raw_pools: tuple[RawPool, ...] = field(repr=False, compare=False)
+    _pool_bytes: tuple[int, ...] = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -154,121 +91,196 @@ class CacheSpec:
         k_format: str = "bf16",
         v_format: str | None = None,
         layer_formats: Mapping[int, tuple[str, str]] | None = None,
+        raw_first: int = 4,
+        raw_last: int = 32,
+        key_bias: Any | None = None,
+        key_scales: Any | None = None,
+        value_scales: Any | None = None,
+        saturate: bool = False,
         groups: Sequence[GroupSpec] | None = None,
         layer_groups: Sequence[int] | None = None,
         kv_sources: Mapping[int, int] | None = None,
     ) -> None:
         count = checks.integer(num_layers, "num_layers", 1)
         all_groups = (GroupSpec(block_size),) if groups is None else _groups(groups)
-        heads = _per_layer(num_kv_heads, count, "num_kv_heads")
-        dims = _per_layer(head_dim, count, "head_dim")
-        shared = [_shared_dim(value) for value in _per_layer(v_in_k, count, "v_in_k")]
-        dims_v: Sequence[int] = [v or d for v, d in zip(shared, dims, strict=True)]
-        if head_dim_v is not None:
-            dims_v = _per_layer(head_dim_v, count, "head_dim_v")
-        overrides = _mapping(layer_formats, "layer_formats")
-        formats = _layer_formats(k_format, v_format, overrides, shared)
-        owners = _layer_groups(layer_groups, len(all_groups), count)
-        sources = dict(_mapping(kv_sources, "kv_sources"))
-        layers = tuple(
-            LayerSpec(
-                num_kv_heads=checks.integer(heads[i], "num_kv_heads", 1),
-                head_dim=_head_dim(dims[i], "head_dim"),
-                head_dim_v=_head_dim(dims_v[i], "head_dim_v"),
-                k_format=formats[i][0],
-                v_format=formats[i][1],
-                group=owners[i],
-                kv_source=checks.integer(sources.pop(i, i), "kv_sources", 0, i),
-                v_in_k=shared[i],
-            )
-            for i in range(count)
+        layers = make_layers(
+            count,
+            all_groups,
+            {
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "head_dim_v": head_dim_v,
+                "v_in_k": v_in_k,
+            },
+            {"k_format": k_format, "v_format": v_format, "layer_formats": layer_formats},
+            layer_groups,
+            kv_sources,
+            {"key_bias": key_bias, "key_scales": key_scales, "value_scales": value_scales},
         )
-        if sources:
-            raise InvalidArgument(
-                f"kv_sources: expected layers 0 to {count - 1}, got {sorted(sources)}"
-            )
-        _check_shared(layers)
-        _check_sources(layers)
-        _check_groups(layers, all_groups)
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "groups", all_groups)
-        object.__setattr__(self, "_group_bytes", _bytes_per_group(layers, len(all_groups)))
+        first, last = _raw_extent(raw_first, raw_last)
+        raw_pools = spec_sizes.raw_pools(layers, all_groups, first, last)
+        if not isinstance(saturate, bool):
+            raise InvalidType(f"saturate: expected a bool, got {type(saturate).__name__}")
+        _check_pools(all_groups, raw_pools)
+        owned = [layer for i, layer in enumerate(layers) if layer.kv_source == i]
+        set_ = object.__setattr__
+        set_(self, "layers", layers)
+        set_(self, "groups", all_groups)
+        set_(self, "raw_first", first if raw_pools else 0)
+        set_(self, "raw_last", last if raw_pools else 0)
+        set_(self, "saturate", saturate and any(layer.is_quantized for layer in owned))
+        set_(self, "_raw_pools", raw_pools)
+        set_(self, "_pool_bytes", spec_sizes.bytes_per_pool(owned, len(all_groups), raw_pools))
+
+    # ---- layers and pools
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @property
+    def raw_groups(self) -> tuple[int, ...]:
+        """The groups that have raw rows, whose pools follow the groups' own in this order."""
+        return tuple(pool.group for pool in self._raw_pools)
+
+    @property
+    def pools(self) -> tuple[GroupSpec, ...]:
+        """The pools of blocks: the groups' own, then those of raw rows."""
+        return (*self.groups, *self._raw_pools)
+
+    def raw_pool(self, group: int = 0) -> int | None:
+        """The number of the pool of a group's raw rows, None where it has none."""
+        groups = self.raw_groups
+        return len(self.groups) + groups.index(group) if group in groups else None
+
+    def layer_bias(self, layer: int) -> NDArray[np.float32] | None:
+        """What is subtracted from a layer's keys: float32 [H, D], read-only."""
+        bias = self.layers[layer].key_bias
+        return None if bias is None else bias.array
+
+    def layer_scales(
+        self, layer: int
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """The scales of a layer's int8_static keys [H, D] and values [H, Dv]: float32."""
+        scales = self.layers[layer].key_scales, self.layers[layer].value_scales
+        k, v = (None if given is None else given.array for given in scales)
+        return k, v
+
+    # ---- bytes
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of one token over all layers, K and V (or K alone where V lies in it), metadata
-        included."""
-        return sum(self._group_bytes)
+        included. Raw rows come on top, see `raw_bytes_per_token`."""
+        return sum(self._pool_bytes[: len(self.groups)])
+
+    def raw_bytes_per_token(self, group: int = 0) -> int:
+        """Bytes of one token's raw rows over a group's layers; 0 where it has none."""
+        pool = self.raw_pool(group)
+        return 0 if pool is None else self._pool_bytes[pool]
 
     def block_nbytes(self, group: int = 0) -> int:
-        """Bytes of one block of a group, all its layers together."""
-        return self._group_bytes[group] * self.groups[group].block_size
+        """Bytes of one block of a group (or of a pool of raw rows), all its layers together."""
+        return self._pool_bytes[group] * self.pools[group].block_size
 
-    def nbytes(self, num_blocks: int | Sequence[int]) -> int:
-        """Bytes of a cache's storage with that many blocks a group (one number: in each)."""
+    def nbytes(
+        self,
+        num_blocks: int | Sequence[int],
+        num_raw_blocks: int | Sequence[int] | None = None,
+    ) -> int:
+        """Bytes of a cache's storage with that many blocks a group (one number: in each).
+
+        Args:
+            num_blocks: blocks of each group.
+            num_raw_blocks: blocks of each pool of raw rows; `raw_blocks_per_group` when left out.
+        """
         counts = self.blocks_per_group(num_blocks)
-        return sum(self.block_nbytes(g) * n for g, n in enumerate(counts))
+        raw = self.raw_blocks_per_group(counts, num_raw_blocks)
+        return sum(self.block_nbytes(p) * n for p, n in enumerate((*counts, *raw)))
+
+    def sequence_nbytes(self, num_tokens: int) -> int:
+        """Bytes that one sequence takes after it has grown to `num_tokens`: whole blocks, raw ones
+        included."""
+        held = (pool.blocks_held(num_tokens) for pool in self.pools)
+        return sum(self.block_nbytes(p) * n for p, n in enumerate(held))
+
+    def bits_per_element(self, num_tokens: int | None = None) -> float:
+        """Bits of an element of K or V, metadata included, over all layers.
+
+        Args:
+            num_tokens: counts the blocks of raw rows too that a sequence of as many tokens holds.
+        """
+        owned = (layer for i, layer in enumerate(self.layers) if layer.kv_source == i)
+        elements = sum(layer.elements_per_token for layer in owned)
+        bits = 8 * self.bytes_per_token / elements
+        if num_tokens is None:
+            return bits
+        checks.integer(num_tokens, "num_tokens", 1)
+        raw = sum(
+            self.block_nbytes(p) * self.pools[p].blocks_held(num_tokens)
+            for p in range(len(self.groups), len(self.pools))
+        )
+        return bits + 8 * raw / (elements * num_tokens)
+
+    def break_even_length(self) -> int | None:
+        """The length from which a sequence takes fewer bytes than in bf16, and never more again.
+
+        Whole blocks are counted, and raw ones, as `sequence_nbytes` does. None: there is none.
+        """
+        return spec_sizes.break_even_length(self)
+
+    # ---- blocks
 
     def blocks_per_group(self, num_blocks: int | Sequence[int]) -> tuple[int, ...]:
         """`num_blocks` as one count a group."""
-        if not isinstance(num_blocks, Sequence):
-            return (checks.integer(num_blocks, "num_blocks", 1),) * len(self.groups)
-        if len(num_blocks) != len(self.groups):
-            raise InvalidArgument(
-                f"num_blocks: expected {len(self.groups)} counts, one a group, "
-                f"got {len(num_blocks)}"
-            )
-        return tuple(checks.integer(n, "num_blocks", 1) for n in num_blocks)
+        return _counts(num_blocks, len(self.groups), "num_blocks", "group")
 
-    def blocks_in(self, nbytes: int, sequence_length: int | None = None) -> tuple[int, ...]:
+    def raw_blocks_per_group(
+        self,
+        num_blocks: int | Sequence[int],
+        num_raw_blocks: int | Sequence[int] | None = None,
+        sequence_length: int | None = None,
+    ) -> tuple[int, ...]:
+        """`num_raw_blocks` as one count for each of `raw_groups`, by default from the others.
+
+        The default is what sequences of `sequence_length` tokens (1,024 when left out) need that
+        fill `num_blocks`, and 2,048 new tokens of one step; but no more than if every token were
+        read raw.
+        """
+        if num_raw_blocks is not None:
+            return _counts(
+                num_raw_blocks, len(self._raw_pools), "num_raw_blocks", "group with raw rows"
+            )
+        counts = self.blocks_per_group(num_blocks)
+        return tuple(
+            spec_sizes.default_raw_blocks(
+                self.groups[pool.group], pool, counts[pool.group], sequence_length
+            )
+            for pool in self._raw_pools
+        )
+
+    def raw_blocks_for(self, num_tokens: int, num_new: int = 1, group: int = 0) -> int:
+        """The most raw blocks that one sequence holds in a group; see `GroupSpec.blocks_for`."""
+        pool = self.raw_pool(group)
+        return 0 if pool is None else self.pools[pool].blocks_for(num_tokens, num_new)
+
+    def blocks_in(
+        self,
+        nbytes: int,
+        sequence_length: int | None = None,
+        num_raw_blocks: int | Sequence[int] | None = None,
+    ) -> tuple[int, ...]:
         """The most blocks of each group that fit in `nbytes`, every group with room for as much.
 
         As much is as many tokens; or, with `sequence_length`, as many sequences of that many
         tokens, which groups with a retention hold in fewer blocks: all of them while they grow by a
-        token a step, and one of them while a single step writes it.
+        token a step, and one of them while a single step writes it. Raw rows fit in as well:
+        `num_raw_blocks`, or what `raw_blocks_per_group` makes of the blocks.
 
         Raises:
             InvalidArgument: not even one block of each group fits.
         """
-        if sequence_length is not None:
-            checks.integer(sequence_length, "sequence_length", 1)
-        span = max(group.block_size for group in self.groups)
-
-        def blocks_of(spans: int) -> tuple[int, ...]:
-            return tuple(_room(group, spans * span, sequence_length) for group in self.groups)
-
-        def fits(spans: int) -> bool:
-            counts = blocks_of(spans)
-            sizes = zip(counts, self.groups, strict=True)
-            return self.nbytes(counts) <= nbytes and all(
-                count <= MAX_SLOTS // group.block_size for count, group in sizes
-            )
-
-        if not fits(1):
-            raise InvalidArgument(
-                f"memory: expected at least {self.nbytes(blocks_of(1))} bytes "
-                f"(one block of {span} tokens), got {nbytes}"
-            )
-        low, high = 1, 2
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return blocks_of(low)
-
-
-def _room(group: GroupSpec, num_tokens: int, sequence_length: int | None) -> int:
-    """Blocks for `num_tokens` tokens, all of sequences of `sequence_length` where that is given."""
-    columns = -(-num_tokens // group.block_size)
-    if sequence_length is None:
-        return columns
-    each, whole = group.blocks_for(sequence_length), -(-sequence_length // group.block_size)
-    return min(columns, -(-num_tokens * each // sequence_length) + whole - each)
+        return spec_sizes.blocks_in(self, nbytes, sequence_length, num_raw_blocks)
 
 
 def _groups(groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
@@ -279,116 +291,34 @@ def _groups(groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
     return tuple(groups)
 
 
-def _mapping(value: Mapping[int, Any] | None, argument: str) -> Mapping[int, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise InvalidType(f"{argument}: expected a mapping by layer, got {type(value).__name__}")
-    return value or {}
+def _raw_extent(raw_first: int, raw_last: int) -> tuple[int, int]:
+    first = checks.integer(raw_first, "raw_first", 0, RAW_BLOCK_SIZE)
+    last = checks.integer(raw_last, "raw_last", 0, MAX_RAW_LAST)
+    if last % RAW_BLOCK_SIZE:
+        raise InvalidArgument(f"raw_last: expected a multiple of {RAW_BLOCK_SIZE}, got {last}")
+    return first, last
 
 
-def _per_layer(value: _T | Sequence[_T], count: int, argument: str) -> Sequence[_T]:
+def _check_pools(groups: tuple[GroupSpec, ...], raw_pools: tuple[RawPool, ...]) -> None:
+    if len(groups) + len(raw_pools) > MAX_GROUPS:
+        raise InvalidArgument(
+            f"groups: expected at most {MAX_GROUPS} groups and pools of raw rows together, "
+            f"got {len(groups)} and {len(raw_pools)}"
+        )
+    raw = {pool.group for pool in raw_pools}
+    for g, group in enumerate(groups):
+        if group.slack and group.retention is None and g not in raw:
+            raise InvalidArgument(
+                f"slack: expected 0 in group {g}, which has neither a retention nor raw rows, "
+                f"got {group.slack}"
+            )
+
+
+def _counts(value: int | Sequence[int], count: int, argument: str, each: str) -> tuple[int, ...]:
     if not isinstance(value, Sequence):
-        return [value] * count
+        return (checks.integer(value, argument, 1),) * count
     if len(value) != count:
         raise InvalidArgument(
-            f"{argument}: expected one number or {count}, one a layer, got {len(value)}"
+            f"{argument}: expected {count} counts, one a {each}, got {len(value)}"
         )
-    return value
-
-
-def _head_dim(value: int, argument: str) -> int:
-    dim = checks.integer(value, argument, 8, MAX_HEAD_DIM)
-    if dim % 8:
-        raise InvalidArgument(f"{argument}: expected a multiple of 8, got {dim}")
-    return dim
-
-
-def _shared_dim(v_in_k: int | None) -> int:
-    """How many elements of K are V too, 0 where V is stored apart."""
-    size = checks.integer(0 if v_in_k is None else v_in_k, "v_in_k", 0)
-    return _head_dim(size, "v_in_k") if size else 0
-
-
-def _layer_formats(
-    k_format: str,
-    v_format: str | None,
-    overrides: Mapping[int, tuple[str, str]],
-    shared: list[int],
-) -> list[tuple[str, str]]:
-    k_name = get_format(k_format, "k_format").name
-    v_name = get_format("bf16" if v_format is None else v_format, "v_format").name
-    formats = [(k_name, k_name if v_format is None and size else v_name) for size in shared]
-    for layer, pair in overrides.items():
-        checks.integer(layer, "layer_formats", 0, len(shared) - 1)
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise InvalidArgument(
-                f"layer_formats: expected (k_format, v_format) for layer {layer}, got {pair!r}"
-            )
-        formats[layer] = tuple(get_format(name, "layer_formats").name for name in pair)  # type: ignore[assignment]
-    return formats
-
-
-def _layer_groups(owners: Sequence[int] | None, num_groups: int, count: int) -> Sequence[int]:
-    if owners is None:
-        if num_groups > 1:
-            raise InvalidArgument(
-                f"layer_groups: expected each layer's group, as there are {num_groups} groups"
-            )
-        return [0] * count
-    if not isinstance(owners, Sequence) or len(owners) != count:
-        raise InvalidArgument(f"layer_groups: expected {count} groups, one a layer, got {owners!r}")
-    return [checks.integer(g, "layer_groups", 0, num_groups - 1) for g in owners]
-
-
-def _check_shared(layers: tuple[LayerSpec, ...]) -> None:
-    for i, layer in enumerate(layers):
-        if not layer.v_in_k:
-            continue
-        if layer.v_in_k > layer.head_dim:
-            raise InvalidArgument(
-                f"v_in_k: expected at most head_dim, {layer.head_dim}, in layer {i}, "
-                f"got {layer.v_in_k}"
-            )
-        if layer.head_dim_v != layer.v_in_k:
-            raise InvalidArgument(
-                f"head_dim_v: expected {layer.v_in_k} in layer {i}, as v_in_k says, "
-                f"got {layer.head_dim_v}"
-            )
-        if layer.v_format != layer.k_format:
-            raise InvalidArgument(
-                f"v_format: expected {layer.k_format} in layer {i}, where V lies in K, "
-                f"got {layer.v_format}"
-            )
-
-
-def _check_sources(layers: tuple[LayerSpec, ...]) -> None:
-    for i, layer in enumerate(layers):
-        source = layers[layer.kv_source]
-        if source.kv_source != layer.kv_source:
-            raise InvalidArgument(
-                f"kv_sources: expected a layer that owns its cache, but layer {i} reads layer "
-                f"{layer.kv_source}, which reads layer {source.kv_source}"
-            )
-        if _storage_shape(source) != _storage_shape(layer):
-            raise InvalidArgument(
-                f"kv_sources: expected layers {i} and {layer.kv_source} to have the same group, "
-                "num_kv_heads, head_dim, head_dim_v and v_in_k"
-            )
-
-
-def _storage_shape(layer: LayerSpec) -> tuple[int, ...]:
-    return layer.group, layer.num_kv_heads, layer.head_dim, layer.head_dim_v, layer.v_in_k
-
-
-def _check_groups(layers: tuple[LayerSpec, ...], groups: tuple[GroupSpec, ...]) -> None:
-    used = {layer.group for layer in layers}
-    for g in range(len(groups)):
-        if g not in used:
-            raise InvalidArgument(f"groups: expected every group to have a layer, {g} has none")
-
-
-def _bytes_per_group(layers: tuple[LayerSpec, ...], num_groups: int) -> tuple[int, ...]:
-    totals = [0] * num_groups
-    for i, layer in enumerate(layers):
-        if layer.kv_source == i:
-            totals[layer.group] += layer.bytes_per_token
-    return tuple(totals)
+    return tuple(checks.integer(n, argument, 1) for n in value)

@@ -49,7 +49,8 @@ class Step:
         self.cache = cache
         self.sequences: tuple[Sequence, ...] = native.sequences
         self._native = native
-        self._plans = [native.plan(group) for group in range(len(cache.spec.groups))]
+        plans = [native.plan(group) for group in range(len(cache.spec.groups))]
+        self._plans = plans + [plan.raw for plan in plans if plan.raw is not None]
         first = self._plans[0]
         self.query_starts: np.ndarray = first.query_starts
         self.seq_lens: np.ndarray = first.seq_lens
@@ -174,7 +175,11 @@ class Step:
         )
 
     def plan(self, group: int = 0) -> Plan:
-        """What the step means for a group: block tables, slots, copies. Valid until it closes."""
+        """What the step means for a group: block tables, slots, copies. Valid until it closes.
+
+        `raw` of it, or plan(p) with the pool's number (see `CacheSpec.pools`), is the same for the
+        group's raw rows.
+        """
         self._check_open()
         return self._plans[checks.integer(group, "group", 0, len(self._plans) - 1)]
 

@@ -188,10 +188,10 @@ def find_not_finite(Plan plan not None, cnp.ndarray array not None, int layout):
 
 
 def read(Blocks blocks not None, cnp.ndarray block_row not None, int32_t start, int32_t stop,
-         cnp.ndarray raw_row=None, int32_t length=0):
+         cnp.ndarray raw_row=None):
     """Tokens [start, stop) of the sequence behind `block_row` (int32), as float32 [n, H, D].
 
-    Where the sequence has raw rows, `raw_row` are their blocks and `length` its tokens.
+    Where the sequence has raw rows, `raw_row` are their blocks and `stop` is its length.
     """
     out = np.empty((stop - start, blocks.c.num_heads, blocks.c.head_dim), np.float32)
     cdef kv_rows rows = as_rows(out, 0)
@@ -200,7 +200,7 @@ def read(Blocks blocks not None, cnp.ndarray block_row not None, int32_t start, 
     memset(&sequence, 0, sizeof(sequence))
     sequence.block_row = <const int32_t *>cnp.PyArray_DATA(block_row)
     sequence.num_columns = <int32_t>block_row.shape[0]
-    sequence.length = length
+    sequence.length = stop
     if raw_row is not None:
         sequence.raw_row = <const int32_t *>cnp.PyArray_DATA(raw_row)
         sequence.num_raw_columns = <int32_t>raw_row.shape[0]

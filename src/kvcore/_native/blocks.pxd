@@ -32,3 +32,6 @@ cdef class SequenceHandle:
 
 cdef class ControlPlane:
     cdef kv_cache *cache
+    cdef list raw_groups  # the groups that have raw rows
+    cdef int num_groups
+    cdef object raw_of(self, int32_t pool)

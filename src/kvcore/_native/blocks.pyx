@@ -286,8 +286,11 @@ cdef class ControlPlane:
         cdef int i
         if len(groups) > KV_MAX_GROUPS:
             raise InvalidArgument(f"groups: at most {KV_MAX_GROUPS}, got {len(groups)}")
+        self.num_groups, self.raw_groups = len(groups), []
         for i, (block_size, num_blocks, retention, slack, *raw) in enumerate(groups):
             raw_blocks, raw_first, raw_last = raw
+            if raw_blocks:
+                self.raw_groups.append(i)
             group_configs[i] = kv_group_config(block_size, num_blocks, retention, slack,
                                                raw_blocks, raw_first, raw_last)
         layer_configs = <kv_layer_config *>PyMem_Malloc(len(layers) * sizeof(kv_layer_config) + 1)
@@ -307,6 +310,10 @@ cdef class ControlPlane:
 
     def __dealloc__(self):
         kv_cache_destroy(self.cache)
+
+    cdef object raw_of(self, int32_t pool):
+        """The group whose raw rows lie in a pool, None when it is a group's own."""
+        return self.raw_groups[pool - self.num_groups] if pool >= self.num_groups else None
 
     def create(self):
         cdef SequenceHandle handle = SequenceHandle.__new__(SequenceHandle)

@@ -178,7 +178,8 @@ def begin(ControlPlane control not None, tuple entries not None, read_entry):
     finally:
         PyMem_Free(c_entries)
     if status == KV_ERR_OUT_OF_BLOCKS:
-        raise OutOfBlocks(shortage.group, shortage.needed, shortage.available)
+        raise OutOfBlocks(shortage.group, shortage.needed, shortage.available,
+                          control.raw_of(shortage.group))
     if status == KV_ERR_DUPLICATE_SEQUENCE:
         raise InvalidArgument(duplicate(sequences))
     check(status)
