@@ -19,7 +19,7 @@ CONTROL_PLANE = [
     "block_pool", "cache", "check", "prefix_index", "sequence_ops", "sequences", "step", "step_plan",
     "step_slots",
 ]  # fmt: skip
-CLIENTS = ("kvcore.cli", "kvcore.models", "kvcore.planner")
+CLIENTS = ("kvcore.cli", "kvcore.evaluation", "kvcore.models", "kvcore.planner")
 
 # ---- the C core
 

@@ -1,31 +1,10 @@
-"""A small random model whose tokens are bytes."""
+"""Small random models in place of SmolLM2."""
 
 from __future__ import annotations
 
 import pytest
 
-from kvcore.models import Model, ModelConfig, Rope
-
-
-class ByteStream:
-    def push(self, token):
-        return chr(32 + token % 95)
-
-    def flush(self):
-        return ""
-
-
-class ByteTokenizer:
-    eos_ids = frozenset({0})
-
-    def encode(self, text, add_special=True):
-        return [ord(character) % 256 for character in text]
-
-    def chat(self, messages):
-        return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages))
-
-    def stream(self):
-        return ByteStream()
+from byte_model import make_model
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +15,3 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def windowed_model():
     return make_model(windows=(40, None))
-
-
-def make_model(**changes):
-    config = ModelConfig(
-        family="llama",
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=256,
-        max_context=512,
-        norm_eps=1e-5,
-        rope=Rope(dim=8, theta=10_000.0),
-        **changes,
-    )
-    decoder = Model.random(config).decoder
-    return Model(config, decoder, ByteTokenizer, source="tiny")

@@ -1,4 +1,4 @@
-"""The command line: `kvcore generate`, `kvcore info`, `kvcore demo`."""
+"""The command line: `kvcore generate`, `kvcore info`, `kvcore demo`, `kvcore eval`."""
 
 from __future__ import annotations
 

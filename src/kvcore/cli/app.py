@@ -10,6 +10,7 @@ import click
 from .. import __version__
 from ..errors import KVCoreError
 from .demo import demo
+from .evaluate import evaluate_formats
 from .generate import generate
 from .info import info
 
@@ -68,5 +69,5 @@ def app(debug: bool) -> None:
     """The KV-cache core of LLM inference, and language models on it."""
 
 
-for command in (generate, info, demo):
+for command in (generate, info, demo, evaluate_formats):
     app.add_command(command)

@@ -86,6 +86,7 @@ class Model:
         v_format: str = "bf16",
         *,
         slack: int = 0,
+        **options: Any,
     ) -> CacheSpec:
         """The cache that this model's decoder writes to.
 
@@ -95,6 +96,7 @@ class Model:
             block_size, k_format, v_format: as in `CacheSpec`.
             slack: tokens that these groups keep beyond that, for texts that are truncated by as
                 many.
+            options: further arguments of `CacheSpec`, such as layer_formats, raw_last or key_bias.
         """
         config = self.config
         # Layers that see all tokens come first.
@@ -112,6 +114,7 @@ class Model:
             layer_groups=[windows.index(config.window(i) or 0) for i in range(config.num_layers)],
             k_format=k_format,
             v_format=v_format,
+            **options,
         )
 
     def __repr__(self) -> str:
