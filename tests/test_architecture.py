@@ -16,8 +16,8 @@ CORE = SRC / "kvcore" / "core"
 INCLUDE = SRC / "kvcore" / "include" / "kvcore"
 
 CONTROL_PLANE = [
-    "block_pool", "cache", "check", "prefix_index", "sequence_ops", "sequences", "step", "step_plan",
-    "step_slots",
+    "block_pool", "cache", "check", "prefix_index", "sequence_ops", "sequences", "step",
+    "step_plan", "step_slots",
 ]  # fmt: skip
 CLIENTS = ("kvcore.cli", "kvcore.evaluation", "kvcore.models", "kvcore.planner")
 

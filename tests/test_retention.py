@@ -536,12 +536,6 @@ class TestSizes:
         with pytest.raises((kvcore.InvalidArgument, kvcore.InvalidType), match=r"^slack: "):
             kvcore.GroupSpec(64, *arguments)
 
-    def test_slack_without_a_retention(self):
-        """It means something only where rows are kept raw."""
-        with pytest.raises(kvcore.InvalidArgument, match=r"^slack: expected 0 in group 0"):
-            kvcore.CacheSpec(1, 1, 32, groups=[kvcore.GroupSpec(64, None, 1)])
-        kvcore.CacheSpec(1, 1, 32, groups=[kvcore.GroupSpec(64, None, 1)], k_format="int8")
-
 
 class TestCDoor:
     def cache(self, retention, slack=0):

@@ -28,7 +28,7 @@ class GroupSpec:
         block_size: token slots of a block, a power of two from 16 to 4096.
         retention: the widest window that `attend` may be given; None: every token is kept.
         slack: tokens kept beyond the retention, and raw rows beyond `raw_last`, for steps that are
-            to be taken back in part, as in speculative decoding.
+            to be taken back in part, as in speculative decoding. Nothing where both are missing.
     """
 
     block_size: int = 64

@@ -305,13 +305,6 @@ def _check_pools(groups: tuple[GroupSpec, ...], raw_pools: tuple[RawPool, ...]) 
             f"groups: expected at most {MAX_GROUPS} groups and pools of raw rows together, "
             f"got {len(groups)} and {len(raw_pools)}"
         )
-    raw = {pool.group for pool in raw_pools}
-    for g, group in enumerate(groups):
-        if group.slack and group.retention is None and g not in raw:
-            raise InvalidArgument(
-                f"slack: expected 0 in group {g}, which has neither a retention nor raw rows, "
-                f"got {group.slack}"
-            )
 
 
 def _counts(value: int | Sequence[int], count: int, argument: str, each: str) -> tuple[int, ...]:

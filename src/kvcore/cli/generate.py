@@ -141,11 +141,11 @@ def _make_cache(model: Model, prompt_lengths: list[int], options: dict[str, Any]
     if options["memory"] is not None:
         longest = max(lengths)
         return KVCache(spec, memory=options["memory"], sequence_length=longest, backend=backend)
-    num_blocks = options["num_blocks"]
-    if num_blocks is None:
-        batch, budget = (max(options[name], 1) for name in ("max_batch", "prefill_budget"))
-        num_blocks = blocks_for(spec, lengths, batch, budget)
-    return KVCache(spec, num_blocks=num_blocks, backend=backend)
+    if options["num_blocks"] is not None:
+        return KVCache(spec, options["num_blocks"], backend=backend)
+    batch, budget = (max(options[name], 1) for name in ("max_batch", "prefill_budget"))
+    counts, num_groups = blocks_for(spec, lengths, batch, budget), len(spec.groups)
+    return KVCache(spec, counts[:num_groups], counts[num_groups:] or None, backend=backend)
 
 
 def _print_stream(run: Run) -> None:

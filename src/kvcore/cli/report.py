@@ -54,7 +54,7 @@ def lines(cache: KVCache, metrics: Metrics, peak: int) -> list[str]:
         for name, phase in phases
         if phase.tokens
     ]
-    sizes = " and ".join(str(group.block_size) for group in spec.groups)
+    sizes = " and ".join(str(pool.block_size) for pool in spec.pools)
     blocks = f"{stats.in_use} in use, {stats.cached} cached, {stats.free} free"
     events = f"{stats.evictions} blocks evicted, {stats.copies} copied"
     return [

@@ -72,7 +72,9 @@ def stream(
     if cache is None:
         lengths = [text_length(model, len(tokens), max_tokens) for tokens in encoded]
         spec = model.cache_spec(block_size, k_format, v_format)
-        cache = KVCache(spec, num_blocks=blocks_for(spec, lengths, max_batch, prefill_budget))
+        counts = blocks_for(spec, lengths, max_batch, prefill_budget)
+        num_groups = len(spec.groups)
+        cache = KVCache(spec, counts[:num_groups], counts[num_groups:] or None)
     generator = Generator(model, cache, max_batch=max_batch, prefill_budget=prefill_budget)
     for tokens, params in zip(encoded, _params(sampling, len(encoded)), strict=True):
         generator.add(
@@ -128,7 +130,7 @@ def generate(
 def blocks_for(
     spec: CacheSpec, lengths: Sequence[int], max_batch: int, prefill_budget: int
 ) -> list[int]:
-    """Blocks of each group that the `max_batch` longest of texts of these lengths take.
+    """Blocks of each of spec.pools that the `max_batch` longest of texts of these lengths take.
 
     Args:
         lengths: in tokens.
@@ -136,8 +138,8 @@ def blocks_for(
     """
     longest = sorted(lengths, reverse=True)[:max_batch]
     return [
-        max(1, sum(group.blocks_for(length, prefill_budget) for length in longest))
-        for group in spec.groups
+        max(1, sum(pool.blocks_for(length, prefill_budget) for length in longest))
+        for pool in spec.pools
     ]
 
 

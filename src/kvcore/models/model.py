@@ -94,8 +94,8 @@ class Model:
 
         Args:
             block_size, k_format, v_format: as in `CacheSpec`.
-            slack: tokens that these groups keep beyond that, for texts that are truncated by as
-                many.
+            slack: tokens that these groups keep beyond that, and raw rows of quantized formats
+                that all groups do, for texts that are truncated by as many.
             options: further arguments of `CacheSpec`, such as layer_formats, raw_last or key_bias.
         """
         config = self.config
@@ -107,10 +107,7 @@ class Model:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             v_in_k=None if latent is None else latent.kv_rank,
-            groups=[
-                GroupSpec(block_size, window, slack) if window else GroupSpec(block_size)
-                for window in windows
-            ],
+            groups=[GroupSpec(block_size, window or None, slack) for window in windows],
             layer_groups=[windows.index(config.window(i) or 0) for i in range(config.num_layers)],
             k_format=k_format,
             v_format=v_format,

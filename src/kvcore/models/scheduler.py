@@ -22,7 +22,7 @@ from .. import checks
 from ..cache import KVCache
 from ..errors import InvalidArgument, OutOfBlocks, SequenceBusy
 from ..sequence import Sequence
-from ..spec import GroupSpec
+from ..spec import MAX_SLOTS, GroupSpec, RawPool
 
 
 @dataclass(eq=False)
@@ -81,13 +81,15 @@ class Scheduler(Generic[RequestT]):
         cache: may hold sequences of others as well; theirs are never touched.
         max_batch: requests that run at once, at most.
         prefill_budget: prompt tokens in one step, at most. Less keeps the others' tokens coming
-            evenly; more gets through long prompts sooner.
+            evenly; more gets through long prompts sooner. Lowered to what the cache's pools of raw
+            rows take in one step.
     """
 
     def __init__(self, cache: KVCache, *, max_batch: int = 16, prefill_budget: int = 512) -> None:
         self.cache = cache
         self.max_batch = checks.integer(max_batch, "max_batch", 1)
-        self.prefill_budget = checks.integer(prefill_budget, "prefill_budget", 1)
+        budget = checks.integer(prefill_budget, "prefill_budget", 1)
+        self.prefill_budget = max(1, min(budget, _most_new(cache)))
         # Both by arrival, and all that run arrived before all that wait.
         self.running: list[RequestT] = []
         self.waiting: deque[RequestT] = deque()
@@ -105,16 +107,17 @@ class Scheduler(Generic[RequestT]):
         """
         # The last token is chosen but never stored.
         num_stored = max(request.num_prompt, request.max_length - 1)
-        groups = zip(self.cache.spec.groups, self.cache.stats().groups, strict=True)
-        for number, (group, stats) in enumerate(groups):
-            if group.retention is None and request.num_prompt > stats.total * group.block_size:
+        pools = zip(self.cache.spec.pools, self.cache.stats().groups, strict=True)
+        for number, (pool, stats) in enumerate(pools):
+            if pool.retention is None and request.num_prompt > stats.total * pool.block_size:
                 raise InvalidArgument(
-                    f"prompt: expected at most {stats.total * group.block_size} tokens, which is "
+                    f"prompt: expected at most {stats.total * pool.block_size} tokens, which is "
                     f"all that the cache holds, got {request.num_prompt}"
                 )
-            needed = group.blocks_for(num_stored, self.prefill_budget)
+            needed = pool.blocks_for(num_stored, self.prefill_budget)
             if needed > stats.total:
-                raise OutOfBlocks(number, needed, stats.total)
+                raw_of = pool.group if isinstance(pool, RawPool) else None
+                raise OutOfBlocks(number, needed, stats.total, raw_of)
         self.waiting.append(request)
 
     def schedule(self) -> list[Work[RequestT]]:
@@ -200,8 +203,8 @@ class Scheduler(Generic[RequestT]):
     def _fits(self, request: RequestT) -> bool:
         """Whether there are blocks for every known token of `request` and those that run."""
         requests = (*self.running, request)
-        for group, stats in zip(self.cache.spec.groups, self.cache.stats().groups, strict=True):
-            needed = sum(_blocks_to_come(r, group, self.prefill_budget) for r in requests)
+        for pool, stats in zip(self.cache.spec.pools, self.cache.stats().groups, strict=True):
+            needed = sum(_blocks_to_come(r, pool, self.prefill_budget) for r in requests)
             if needed > stats.free + stats.cached:
                 return False
         return True
@@ -215,10 +218,15 @@ def _work(request: RequestT, limit: int) -> Work[RequestT]:
     return Work(request, request.sequence, tokens, wants_logits=stop == len(request.tokens))
 
 
-def _blocks_to_come(request: Request, group: GroupSpec, prefill_budget: int) -> int:
+def _most_new(cache: KVCache) -> int:
+    """The most tokens that one sequence may get in a step, for the cache's pools of raw rows."""
+    counts = zip(cache.spec.pools, cache.stats().groups, strict=True)
+    raw = [pool.most_new(stats.total) for pool, stats in counts if isinstance(pool, RawPool)]
+    return min(raw, default=MAX_SLOTS)
+
+
+def _blocks_to_come(request: Request, pool: GroupSpec, prefill_budget: int) -> int:
     """Blocks that a request may need beyond those that it holds, for its known tokens."""
     total, pending = len(request.tokens), request.num_pending
-    stored = total - pending
-    held = -(-stored // group.block_size) - group.first_kept(stored) // group.block_size
-    peak = group.blocks_for(total, max(1, min(prefill_budget, pending)))
-    return max(0, peak - held)
+    peak = pool.blocks_for(total, max(1, min(prefill_budget, pending)))
+    return max(0, peak - pool.blocks_held(total - pending))
