@@ -131,11 +131,11 @@ class Backend(Protocol):
         """See kvcore.ops.merge_states."""
         ...
 
-    def quantize(self, x: Any, format: str) -> Any:
+    def quantize(self, x: Any, format: str, scales: Any | None, bias: Any | None) -> Any:
         """See kvcore.ops.quantize."""
         ...
 
-    def dequantize(self, code: Any, format: str) -> Any:
+    def dequantize(self, code: Any, format: str, scales: Any | None, bias: Any | None) -> Any:
         """See kvcore.ops.dequantize."""
         ...
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kvcore import arrays, checks
-from kvcore._native import attention, quant
+from kvcore import arrays, checks, quantize
+from kvcore._native import attention
 from kvcore._native.blocks import Blocks, Memory, Plan
 from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_positions
 from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
@@ -202,32 +202,13 @@ class CpuBackend:
             attention.merge_states(flat, part_lses.reshape(len(flat), -1), out, lse)
         return out, lse
 
-    def quantize(self, x: Any, format: str) -> np.ndarray:
-        target = get_format(format)
-        rows = arrays.dense(arrays.as_array(x, "x"))
-        number = arrays.dtype_number(rows, "x")
-        if rows.shape[-1] % 8:
-            raise InvalidArgument(
-                f"x: expected a last axis that is a multiple of 8, got shape {list(rows.shape)}"
-            )
-        code = np.empty(rows.shape, target.storage_dtype)
-        if rows.size:
-            quant.quantize(rows.reshape(-1, rows.shape[-1]), number, target.index, code)
-        return code
+    def quantize(self, x: Any, format: str, scales: Any | None, bias: Any | None) -> np.ndarray:
+        return quantize.quantize(x, get_format(format), scales, bias)
 
-    def dequantize(self, code: Any, format: str) -> np.ndarray:
-        source = get_format(format)
-        codes = _storage_view(arrays.as_array(code, "code"), source, "code")
-        codes = arrays.dense(codes)
-        if codes.shape[-1] % 8:
-            raise InvalidArgument(
-                f"code: expected a last axis that is a multiple of 8, got shape {list(codes.shape)}"
-            )
-        rows = np.empty_like(codes, dtype=np.float32)
-        if rows.size:
-            flat = rows.reshape(-1, rows.shape[-1])
-            quant.dequantize(codes, source.index, arrays.F32, flat)
-        return rows
+    def dequantize(
+        self, code: Any, format: str, scales: Any | None, bias: Any | None
+    ) -> np.ndarray:
+        return quantize.dequantize(code, get_format(format), scales, bias)
 
 
 def create_backend() -> CpuBackend:
@@ -319,18 +300,6 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
         )
 
 
-def _storage_view(array: np.ndarray, format: Format, argument: str) -> np.ndarray:
-    """An array of a format's storage dtype; bfloat16 arrays are seen as their bits."""
-    if array.dtype.name == "bfloat16":
-        array = array.view(np.uint16)
-    if array.dtype != format.storage_dtype:
-        raise InvalidType(
-            f"{argument}: expected {format.storage_dtype.name} for {format.name}, "
-            f"got {array.dtype.name}"
-        )
-    return array
-
-
 _BLOCK_FORMATS = {**ARRAY_FORMATS, "uint16": "bf16"}
 _BLOCK_LAYOUTS = {"HND": "[N, H, B, D]", "NHD": "[N, B, H, D]"}
 
@@ -355,7 +324,7 @@ def _user_blocks(value: Any, argument: str, layout: str, *, writable: bool = Fal
         raise InvalidArgument(
             f"{argument}: expected a dense last axis, got strides {array.strides}"
         )
-    view = _storage_view(array, FORMATS[name], argument)
+    view = quantize.storage_view(array, FORMATS[name], argument)
     return Blocks.of_rows(view, FORMATS[name].index, layout == "NHD")
 
 

@@ -212,17 +212,31 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     return get_backend("cpu").merge_states(outs, lses)
 
 
-def quantize(x: Any, format: str) -> Any:
-    """Encodes rows [..., D] (float32, float16 or bfloat16) as `format` stores them.
+def quantize(x: Any, format: str, *, scales: Any | None = None, bias: Any | None = None) -> Any:
+    """Encodes rows as `format` stores them; docs/formats.md defines every byte.
 
-    bf16 comes back as the uint16 bits.
+    Args:
+        x: [..., D], float32, float16 or bfloat16; [..., 32 * G, D] for chan4 and chan2, which
+            encode 32 tokens as one. Finite for quantized formats.
+        scales: int8_static's, a positive float32 for each of the D channels; None for others.
+        bias: [D] float32 that quantized rows are stored without; pass it to `dequantize` too.
+
+    Returns:
+        For float formats their elements [..., D], bf16 as uint16 bits. For others uint8: a row's
+        codes and then its metadata [..., row_bytes], or a group's [..., G, 32 * row_bytes].
+
+    Raises:
+        NotFinite: x has a NaN or an infinity, and the format is quantized.
+        InvalidArgument: D is not a multiple that the format takes, or another argument is wrong.
     """
-    return get_backend("cpu").quantize(x, format)
+    return get_backend("cpu").quantize(x, format, scales, bias)
 
 
-def dequantize(code: Any, format: str) -> Any:
-    """Decodes what `quantize` gave, as float32 [..., D]."""
-    return get_backend("cpu").dequantize(code, format)
+def dequantize(
+    code: Any, format: str, *, scales: Any | None = None, bias: Any | None = None
+) -> Any:
+    """Decodes what `quantize` gave, as float32 [..., D]; `scales` and `bias` as given to it."""
+    return get_backend("cpu").dequantize(code, format, scales, bias)
 
 
 def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = None) -> np.ndarray:

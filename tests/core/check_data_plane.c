@@ -391,22 +391,63 @@ static void check_encoding(const char *isa) {
     for (uint32_t i = 0; i < COUNT; i++)
         bits[i] = (i >> 3) << 16 | low[i & 7];
     for (int format = KV_FORMAT_FP16; format <= KV_FORMAT_BF16; format++) {
-        CHECK(kv_quantize(bits, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, mine) == KV_OK,
+        CHECK(kv_quantize(bits, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, NULL, mine) == KV_OK,
               "kv_quantize");
         kv_set_isa("scalar");
-        kv_quantize(bits, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, scalar);
+        kv_quantize(bits, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, NULL, scalar);
         kv_set_isa(isa);
         CHECK(memcmp(mine, scalar, COUNT * sizeof(*mine)) == 0, "format %d: other bytes", format);
         /* Decoding and encoding again gives the code back. */
         float *decoded = allocate(COUNT * sizeof(float));
-        kv_dequantize(mine, (kv_format)format, COUNT / 8, 8, KV_DTYPE_F32, decoded);
-        kv_quantize(decoded, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, scalar);
+        kv_dequantize(mine, (kv_format)format, COUNT / 8, 8, NULL, KV_DTYPE_F32, decoded);
+        kv_quantize(decoded, KV_DTYPE_F32, (kv_format)format, COUNT / 8, 8, NULL, scalar);
         CHECK(memcmp(mine, scalar, COUNT * sizeof(*mine)) == 0, "format %d: no round trip", format);
         free(decoded);
     }
     free(bits);
     free(mine);
     free(scalar);
+}
+
+/* FNV-1a */
+static uint64_t hash_bytes(uint64_t hash, const char *bytes, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        hash = (hash ^ (unsigned char)bytes[i]) * 0x100000001b3;
+    return hash;
+}
+
+/* Bytes and decoded bits of quantized rows are one for all ISAs and machines. */
+static void check_quantized(void) {
+    enum { ROWS = 32, DIM = 192 };
+    float *rows = allocate(ROWS * DIM * sizeof(float)),
+          *back = allocate(ROWS * DIM * sizeof(float));
+    float scales[DIM], bias[DIM];
+    char *codes = allocate(ROWS * DIM * 4);
+    uint64_t hash = 0xcbf29ce484222325;
+    for (int i = 0; i < ROWS * DIM; i++)
+        rows[i] = ldexpf((float)((37 * i + i / DIM * 11) % 1009 - 504), i / DIM * 8 - 130);
+    for (int d = 0; d < DIM; d++) {
+        scales[d] = 1 / (float)(d + 10);
+        bias[d] = (float)(d % 7) / 3;
+    }
+    for (int format = NUM_FLOAT_FORMATS; format < KV_FORMAT_COUNT; format++) {
+        const kv_format_info *info = kv_format_get_info((kv_format)format);
+        const int64_t bits = info->element_bits + info->element_metadata_bits;
+        const int64_t nbytes = ROWS * (DIM * bits / 8 + info->row_metadata_bytes);
+        const kv_channels channels = {bias, format == KV_FORMAT_INT8_STATIC ? scales : NULL};
+        CHECK(kv_quantize(rows, KV_DTYPE_F32, (kv_format)format, ROWS, DIM, &channels, codes) ==
+                  KV_OK,
+              "%s", info->name);
+        CHECK(kv_dequantize(codes, (kv_format)format, ROWS, DIM, &channels, KV_DTYPE_F32, back) ==
+                  KV_OK,
+              "%s", info->name);
+        hash = hash_bytes(hash, codes, nbytes);
+        hash = hash_bytes(hash, (const char *)back, ROWS * DIM * (int64_t)sizeof(float));
+    }
+    CHECK(hash == 0x0, "quantized rows: hash 0x%016llx", (unsigned long long)hash);
+    free(rows);
+    free(back);
+    free(codes);
 }
 
 static void *attend_often(void *argument) {
@@ -440,6 +481,7 @@ int main(void) {
         check_linear();
         check_merge();
         check_encoding(*isa);
+        check_quantized();
         check_two_callers();
         printf("%s ", *isa);
     }

@@ -135,8 +135,8 @@ lib.kv_attend.argtypes = [
     ptr,
 ]
 lib.kv_merge_states.argtypes = [ptr, ptr, i32, i64, i32, ptr, ptr]
-lib.kv_quantize.argtypes = [ptr, ct.c_int, ct.c_int, i64, i32, ptr]
-lib.kv_dequantize.argtypes = [ptr, ct.c_int, i64, i32, ct.c_int, ptr]
+lib.kv_quantize.argtypes = [ptr, ct.c_int, ct.c_int, i64, i32, ptr, ptr]
+lib.kv_dequantize.argtypes = [ptr, ct.c_int, i64, i32, ptr, ct.c_int, ptr]
 lib.kv_linear.argtypes = [ptr, i64, ptr, i64, ptr, ptr, i64, i32, i32, i32]
 lib.kv_blocks_init.argtypes = [ct.POINTER(Blocks), ptr, ct.c_int, i32, i32, i32, i32]
 lib.kv_blocks_nbytes.argtypes = [ct.POINTER(Blocks)]

@@ -15,9 +15,13 @@ def convert(function, array: np.ndarray, source: int, target: int, dtype) -> np.
     """Runs kv_quantize or kv_dequantize over rows of 8."""
     out = np.empty(array.shape, dtype)
     if function is lib.kv_quantize:
-        status = function(array.ctypes.data, source, target, array.size // 8, 8, out.ctypes.data)
+        status = function(
+            array.ctypes.data, source, target, array.size // 8, 8, None, out.ctypes.data
+        )
     else:
-        status = function(array.ctypes.data, source, array.size // 8, 8, target, out.ctypes.data)
+        status = function(
+            array.ctypes.data, source, array.size // 8, 8, None, target, out.ctypes.data
+        )
     assert status == OK
     return out
 
@@ -99,5 +103,5 @@ def test_rejects_bad_arguments() -> None:
         (0, 0, 1, 0),
         (0, 0, 1, 1032),
     ]:
-        assert lib.kv_quantize(p, dtype, fmt, rows, dim, p) == VALUE
-        assert lib.kv_dequantize(p, fmt, rows, dim, dtype, p) == VALUE
+        assert lib.kv_quantize(p, dtype, fmt, rows, dim, None, p) == VALUE
+        assert lib.kv_dequantize(p, fmt, rows, dim, None, dtype, p) == VALUE

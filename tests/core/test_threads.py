@@ -98,7 +98,7 @@ x8 = x[0, :8].copy()
 assert lib.kv_get_isa() == b"none" and ISAS
 assert lib.kv_linear(x.ctypes.data, 512, w.ctypes.data, 512, None, y.ctypes.data, 2048,
                      4, 2048, 512) == UNSUPPORTED
-assert lib.kv_quantize(x8.ctypes.data, 0, 1, 1, 8, y.ctypes.data) == UNSUPPORTED
+assert lib.kv_quantize(x8.ctypes.data, 0, 1, 1, 8, None, y.ctypes.data) == UNSUPPORTED
 assert not y.any()
 assert lib.kv_set_isa(b"scalar") == OK
 work()

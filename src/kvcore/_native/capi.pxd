@@ -196,10 +196,14 @@ cdef extern from "kvcore/kvcore.h" nogil:
                         const kv_rows *out, float *lse)
     kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
                               int64_t num_rows, int32_t head_dim, float *out, float *lse)
+    ctypedef struct kv_channels:
+        const float *bias
+        const float *scales
     kv_status kv_quantize(const void *rows, kv_dtype dtype, kv_format format, int64_t num_rows,
-                          int32_t head_dim, void *out)
+                          int32_t head_dim, const kv_channels *channels, void *out)
     kv_status kv_dequantize(const void *codes, kv_format format, int64_t num_rows,
-                            int32_t head_dim, kv_dtype dtype, void *out)
+                            int32_t head_dim, const kv_channels *channels, kv_dtype dtype,
+                            void *out)
     kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int64_t w_stride,
                         const float *bias, float *y, int64_t y_stride, int32_t num_rows,
                         int32_t num_outputs, int32_t num_inputs)

@@ -1,7 +1,13 @@
 /* All kernels, compiled with the lanes that were included before this file. A unit whose ISA has
  * dot products of bf16 pairs defines KV_HAS_DOT_BF16 as 1. */
 
+#include "../formats.h"
+#include "../rotation.h"
 #include "kernels.h"
+#include "levels.h"
+
+#include <float.h>
+#include <math.h>
 
 #if !defined(KV_HAS_DOT_BF16)
 #define KV_HAS_DOT_BF16 0
@@ -9,11 +15,23 @@
 
 #include "convert_kernel.h"
 
+#include "metadata_kernel.h"
+
+#include "planes_kernel.h"
+
+#include "bias_kernel.h"
+
+#include "rotation_kernel.h"
+
+#include "channel_kernel.h"
+
 #include "encode_kernel.h"
 
 #include "decode_kernel.h"
 
 #include "decode_run_kernel.h"
+
+#include "finite_kernel.h"
 
 #include "softmax_kernel.h"
 

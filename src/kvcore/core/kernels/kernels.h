@@ -37,12 +37,6 @@ typedef struct kv_split_runs {
     kv_run k[KV_MAX_RUNS], v[KV_MAX_RUNS];
 } kv_split_runs;
 
-/* What encoding one head depends on: [head_dim] each, or NULL. */
-typedef struct kv_channels {
-    const float *bias;   /* subtracted before encoding */
-    const float *scales; /* of int8_static */
-} kv_channels;
-
 /* A softmax over some of a row's tokens, before the division: m = max s, l = sum exp(s - m),
  * o = sum exp(s - m) v. l is 0 for a row that saw nothing; its m and o then mean nothing. */
 typedef struct kv_partial {
@@ -85,14 +79,16 @@ typedef struct kv_kernels {
     /* `count` elements, dense on both sides, from one float format to another. */
     void (*convert)(const void *from, kv_format from_format, void *to, kv_format to_format,
                     int64_t count);
-    /* Rows of a quantized format, dense [count, head_dim] and finite; 32 for a sealed group. */
+    /* Finite rows [count, head_dim], dense, in a quantized format; head_dim is one that it takes.
+     * Rows follow each other in codes and in metadata. CHANNEL: one group, count is 32. */
     void (*encode)(kv_format format, const float *rows, int32_t count, int32_t head_dim,
                    const kv_channels *channels, char *codes, char *metadata);
-    /* Tokens [first, first + count) from there on as rows, row_stride floats apart. */
+    /* Tokens [first, first + count) of those that codes and metadata begin with (CHANNEL: of one
+     * group) to rows [count, row_stride]. */
     void (*decode)(kv_format format, const char *codes, const char *metadata, int32_t first,
                    int32_t count, int32_t head_dim, const kv_channels *channels, float *rows,
                    int64_t row_stride);
-    /* Whether none of `count` elements of a float format is a NaN or an infinity. */
+    /* Whether `count` dense elements of a float format hold neither NaN nor infinity. */
     int (*is_finite)(const void *values, kv_format format, int64_t count);
     /* Scaled queries [num_rows, q_width], padded with zeros up to KV_ROW_ALIGN, in the order in
      * which attend_split reads them: as many floats, for KV_MANY_ROWS rows or more those of a

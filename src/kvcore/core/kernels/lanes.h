@@ -11,6 +11,7 @@
  *   kv_first(v)       lane 0
  *   kv_hsum, kv_hmax  across lanes; the sum in the order of the fold
  *   kv_fold(v)        the horizontal sums of v[0 .. KV_LANES), lane i that of v[i]
+ *   kv_exchange(v, h) lanes i and i ^ h in each other's place; h is a constant power of two
  *   kv_pow2(z)        2^n for z = n + KV_ROUND, n a whole number from -126 to 127
  *   kv_keep_above(x, bound, y)   y, but 0 in the lanes where x < bound
  *   kv_load_f16, kv_load_bf16, kv_store_f16, kv_store_bf16   with conversion
@@ -43,6 +44,18 @@
     KV_INLINE kv_vec kv_swap_middle(kv_vec x) { return x; }                              \
     KV_INLINE kv_vec kv_load_bf16_swapped(const uint16_t *p) { return kv_load_bf16(p); } \
     KV_INLINE kv_vec kv_fold_swapped(const kv_vec *v) { return kv_fold(v); }
+
+KV_INLINE float kv_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+KV_INLINE uint32_t kv_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
 
 /* Adding 1.5 * 2^23 rounds a small float to a whole number, which then stands in its low bits. */
 #define KV_ROUND 12582912.0f

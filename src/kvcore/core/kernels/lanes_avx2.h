@@ -71,6 +71,12 @@ KV_INLINE kv_vec kv_fold(const kv_vec *v) {
     return kv_fold_neighbours(kv_fold_pairs(x[0], x[1]), kv_fold_pairs(x[2], x[3]));
 }
 
+KV_INLINE kv_vec kv_exchange(kv_vec x, int h) {
+    return h == 1   ? _mm256_permute_ps(x, 0xb1)
+           : h == 2 ? _mm256_permute_ps(x, 0x4e)
+                    : _mm256_permute2f128_ps(x, x, 1);
+}
+
 KV_INLINE kv_vec kv_pow2(kv_vec z) {
     const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(z), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(0x3f800000)));

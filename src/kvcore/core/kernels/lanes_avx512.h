@@ -93,6 +93,13 @@ KV_INLINE kv_vec kv_fold_swapped(const kv_vec *v) {
     return kv_fold_neighbours(kv_fold_pairs(x[0], x[1]), kv_fold_pairs(x[2], x[3]));
 }
 
+KV_INLINE kv_vec kv_exchange(kv_vec x, int h) {
+    return h == 1   ? _mm512_permute_ps(x, 0xb1)
+           : h == 2 ? _mm512_permute_ps(x, 0x4e)
+           : h == 4 ? _mm512_shuffle_f32x4(x, x, 0xb1)
+                    : _mm512_shuffle_f32x4(x, x, 0x4e);
+}
+
 KV_INLINE kv_vec kv_pow2(kv_vec z) {
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(z), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(0x3f800000)));

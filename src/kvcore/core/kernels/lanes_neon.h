@@ -51,6 +51,10 @@ KV_INLINE kv_vec kv_fold(const kv_vec *v) {
     return vpaddq_f32(kv_fold_pairs(v[0], v[1]), kv_fold_pairs(v[2], v[3]));
 }
 
+KV_INLINE kv_vec kv_exchange(kv_vec x, int h) {
+    return h == 1 ? vrev64q_f32(x) : vextq_f32(x, x, 2);
+}
+
 KV_INLINE kv_vec kv_pow2(kv_vec z) {
     const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(z), 23);
     return vreinterpretq_f32_s32(vaddq_s32(n, vdupq_n_s32(0x3f800000)));

@@ -57,23 +57,15 @@ KV_INLINE kv_vec kv_fold(const kv_vec *v) {
     return (kv_vec){ab[0], ab[2], cd[0], cd[2]} + (kv_vec){ab[1], ab[3], cd[1], cd[3]};
 }
 
+KV_INLINE kv_vec kv_exchange(kv_vec x, int h) {
+    return h == 1 ? (kv_vec){x[1], x[0], x[3], x[2]} : (kv_vec){x[2], x[3], x[0], x[1]};
+}
+
 KV_INLINE kv_vec kv_pow2(kv_vec z) { return (kv_vec)(((kv_bits)z << 23) + 0x3f800000); }
 
 KV_INLINE kv_vec kv_keep_above(kv_vec x, float bound, kv_vec y) {
     const kv_bits below = (kv_bits)(x < kv_broadcast(bound));
     return (kv_vec)(~below & (kv_bits)y);
-}
-
-KV_INLINE float kv_from_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
-
-KV_INLINE uint32_t kv_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits;
 }
 
 KV_INLINE float kv_f16_to_f32(uint16_t half) {

@@ -374,11 +374,22 @@ KV_API kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_block
 KV_API kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
                                  int64_t num_rows, int32_t head_dim, float *out, float *lse);
 
-/* num_rows rows of head_dim elements, dense on both sides. */
+/* What the encoded rows of one head share, [head_dim] each. NULL: none. */
+typedef struct kv_channels {
+    const float *bias;   /* subtracted before encoding and added by decoding */
+    const float *scales; /* int8_static: one for each channel, positive; it needs them */
+} kv_channels;
+
+/* num_rows rows of head_dim elements, dense on both sides. Quantized: the codes of a row, then its
+ * metadata; formats of kind CHANNEL take a multiple of 32 rows, and each 32 become the codes of the
+ * group, then its metadata. channels is NULL for float formats, and may be for others but
+ * int8_static. KV_ERR_NOT_FINITE: rows that a quantized format was to hold have a NaN or an
+ * infinity. */
 KV_API kv_status kv_quantize(const void *rows, kv_dtype dtype, kv_format format, int64_t num_rows,
-                             int32_t head_dim, void *out);
+                             int32_t head_dim, const kv_channels *channels, void *out);
 KV_API kv_status kv_dequantize(const void *codes, kv_format format, int64_t num_rows,
-                               int32_t head_dim, kv_dtype dtype, void *out);
+                               int32_t head_dim, const kv_channels *channels, kv_dtype dtype,
+                               void *out);
 
 /* y[r, n] = sum over k of x[r, k] * w[n, k] (+ bias[n]), float32, for few rows: each weight is read
  * once, and a row's bits do not depend on the rows beside it. Strides count elements. */

@@ -1,0 +1,74 @@
+/* Kernel text: codes of a row, one a byte, to and from the planes that store them:
+ * docs/formats.md. A plane of `width` bits holds bits [shift, shift + width) of each code. */
+
+KV_INLINE void kv_pack_unit(const uint8_t *restrict codes, int shift, int width, int bytes,
+                            uint8_t *restrict to) {
+    for (int j = 0; j < bytes; j++) {
+        unsigned byte = 0;
+        KV_UNROLL
+        for (int k = 0; k < 8 / width; k++)
+            byte |= ((unsigned)codes[j + bytes * k] >> shift & ((1u << width) - 1)) << (width * k);
+        to[j] = (uint8_t)byte;
+    }
+}
+
+/* Where the next plane begins. */
+KV_INLINE uint8_t *kv_pack_plane(const uint8_t *codes, int32_t head_dim, int shift, int width,
+                                 uint8_t *to) {
+    const int32_t per_unit = 128 / width, rest = head_dim % per_unit;
+    for (int32_t at = 0; at < head_dim - rest; at += per_unit, to += 16)
+        kv_pack_unit(codes + at, shift, width, 16, to);
+    if (rest)
+        kv_pack_unit(codes + head_dim - rest, shift, width, rest * width / 8, to);
+    return to + rest * width / 8;
+}
+
+KV_INLINE void kv_pack(const uint8_t *codes, int32_t head_dim, int bits, uint8_t *to) {
+    if (bits == 8) {
+        memcpy(to, codes, (size_t)head_dim);
+    } else if (bits == 6) {
+        to = kv_pack_plane(codes, head_dim, 0, 4, to);
+        kv_pack_plane(codes, head_dim, 4, 2, to);
+    } else if (bits == 3) {
+        to = kv_pack_plane(codes, head_dim, 0, 2, to);
+        kv_pack_plane(codes, head_dim, 2, 1, to);
+    } else {
+        kv_pack_plane(codes, head_dim, 0, bits, to);
+    }
+}
+
+/* The codes of a unit; those of a plane with a shift join what the planes below it left. */
+KV_INLINE void kv_unpack_unit(const uint8_t *restrict from, int shift, int width, int bytes,
+                              uint8_t *restrict codes) {
+    KV_UNROLL
+    for (int k = 0; k < 8 / width; k++)
+        for (int j = 0; j < bytes; j++) {
+            const unsigned bits = (unsigned)from[j] >> (width * k) & ((1u << width) - 1);
+            const unsigned below = shift ? codes[j + bytes * k] : 0;
+            codes[j + bytes * k] = (uint8_t)(below | bits << shift);
+        }
+}
+
+KV_INLINE const uint8_t *kv_unpack_plane(const uint8_t *from, int32_t head_dim, int shift,
+                                         int width, uint8_t *codes) {
+    const int32_t per_unit = 128 / width, rest = head_dim % per_unit;
+    for (int32_t at = 0; at < head_dim - rest; at += per_unit, from += 16)
+        kv_unpack_unit(from, shift, width, 16, codes + at);
+    if (rest)
+        kv_unpack_unit(from, shift, width, rest * width / 8, codes + head_dim - rest);
+    return from + rest * width / 8;
+}
+
+KV_INLINE void kv_unpack(const uint8_t *from, int32_t head_dim, int bits, uint8_t *codes) {
+    if (bits == 8) {
+        memcpy(codes, from, (size_t)head_dim);
+    } else if (bits == 6) {
+        from = kv_unpack_plane(from, head_dim, 0, 4, codes);
+        kv_unpack_plane(from, head_dim, 4, 2, codes);
+    } else if (bits == 3) {
+        from = kv_unpack_plane(from, head_dim, 0, 2, codes);
+        kv_unpack_plane(from, head_dim, 2, 1, codes);
+    } else {
+        kv_unpack_plane(from, head_dim, 0, bits, codes);
+    }
+}
