@@ -10,18 +10,22 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import kvcore
 from bench.machine import out_dir
 
 
 def compile_probe(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """The library of one C file, compiled when it or the flags have changed.
+    """The library of one C file, compiled when it, kvcore's headers or the flags have changed.
 
     Raises:
         RuntimeError: there is no working C compiler ($CC, else cc).
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     head, tail = [*compiler, "-O3", "-fPIC", "-shared", str(source)], list(flags)
-    key = hashlib.sha256(source.read_bytes() + repr((compiler, tail)).encode()).hexdigest()[:12]
+    texts = [
+        path.read_bytes() for path in (source, *sorted(Path(kvcore.get_include()).rglob("*.h")))
+    ]
+    key = hashlib.sha256(b"".join(texts) + repr((compiler, tail)).encode()).hexdigest()[:12]
     target = out_dir() / f"{source.stem}-{key}.so"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
