@@ -16,6 +16,20 @@ GEMMA: dict[str, Any] = {
     "embedding_scale": 24**0.5,
     "tied_head": True,
 }
+GPT2: dict[str, Any] = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "num_kv_heads": 4,
+    "rope": None,
+    "learned_positions": 128,
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated": False,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "tied_head": True,
+}
 LATENT: dict[str, Any] = {
     "num_kv_heads": 1,
     "head_dim": 40,
@@ -58,21 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "family": "phi3",
         "rope": Rope(12, 1e4, FrequencyFactors((1.0, 1.0, 1.5, 2.0, 2.0, 2.5), 1.2)),
     },
-    "gpt2": {
-        "family": "gpt2",
-        "hidden_size": 32,
-        "head_dim": 8,
-        "num_kv_heads": 4,
-        "rope": None,
-        "learned_positions": 128,
-        "norm": "layer",
-        "activation": "gelu_tanh",
-        "gated": False,
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "tied_head": True,
-    },
+    "gpt2": GPT2 | {"family": "gpt2"},
     "deepseek_v2": LATENT
     | {
         "family": "deepseek_v2",

@@ -24,6 +24,7 @@ from kvcore.models import (
 )
 from kvcore.models.families import FAMILIES
 from kvcore.models.weights import RandomTensors, load_weights
+from tiny_families import GPT2
 
 gguf = pytest.importorskip("gguf")
 
@@ -36,20 +37,6 @@ GEMMA: dict[str, Any] = {
     "embedding_scale": math.sqrt(24),
     "attention_scale": 0.25,
     "tied_head": True,
-}
-GPT2: dict[str, Any] = {
-    "rope": None,
-    "learned_positions": 128,
-    "norm": "layer",
-    "activation": "gelu_tanh",
-    "gated": False,
-    "qkv_bias": True,
-    "output_bias": True,
-    "mlp_bias": True,
-    "tied_head": True,
-    "num_kv_heads": 4,
-    "head_dim": 8,
-    "hidden_size": 32,
 }
 
 
