@@ -117,3 +117,41 @@ def test_bad_numbers_are_named(name, cache):
     for value, error in ((0, InvalidArgument), (1.5, InvalidType), (True, InvalidType)):
         with pytest.raises(error, match=f"^{name}: expected"):
             Scheduler(cache, **{name: value})
+
+
+def compute(scheduler):
+    """Stores what the next step has; returns the blocks in use of each group meanwhile."""
+    work = scheduler.schedule()
+    with scheduler.cache.step([(w.sequence, w.tokens) for w in work]) as step:
+        for layer in range(scheduler.cache.spec.num_layers):
+            zeros = np.zeros((step.num_tokens, 1, 16), np.float32)
+            step.append(layer, zeros, zeros)
+        return [group.in_use for group in scheduler.cache.stats().groups]
+
+
+def test_an_adopted_prefix_holds_less_than_a_text_of_its_own():
+    """Of a group with slack a prefix has only what the next token reads, and grows from there."""
+    groups = [kvcore.GroupSpec(BLOCK), kvcore.GroupSpec(BLOCK, retention=20, slack=96)]
+    spec = kvcore.CacheSpec(2, 1, 16, groups=groups, layer_groups=[0, 1])
+    cache = kvcore.KVCache(spec, num_blocks=[64, 11])
+    scheduler = Scheduler(cache, prefill_budget=32)
+    prompt = list(range(192))
+    first, other = Request([*prompt, 1], max_length=200), Request([5] * 20, max_length=60)
+    scheduler.add(first)
+    while first.num_pending:
+        compute(scheduler)
+    scheduler.remove(first)
+    scheduler.add(other)
+    compute(scheduler)
+    other.tokens.append(5)
+
+    long = Request([*prompt, *[7] * 208], max_length=410)
+    scheduler.add(long)
+    assert [work.request for work in scheduler.schedule()] == [other]
+    scheduler.remove(other)
+    in_use = []
+    while long.num_pending:
+        in_use.append(compute(scheduler)[1])
+    assert long.num_cached == len(prompt)
+    assert max(in_use) + 2 > 11, "it would have fitted beside the other's two blocks"
+    scheduler.clear()

@@ -22,7 +22,7 @@ from .. import checks
 from ..cache import KVCache
 from ..errors import InvalidArgument, OutOfBlocks, SequenceBusy
 from ..sequence import Sequence
-from ..spec import MAX_SLOTS, GroupSpec, RawPool
+from ..spec import MAX_SLOTS, RawPool
 
 
 @dataclass(eq=False)
@@ -203,8 +203,8 @@ class Scheduler(Generic[RequestT]):
     def _fits(self, request: RequestT) -> bool:
         """Whether there are blocks for every known token of `request` and those that run."""
         requests = (*self.running, request)
-        for pool, stats in zip(self.cache.spec.pools, self.cache.stats().groups, strict=True):
-            needed = sum(_blocks_to_come(r, pool, self.prefill_budget) for r in requests)
+        for number, stats in enumerate(self.cache.stats().groups):
+            needed = sum(_blocks_to_come(r, number, self.prefill_budget) for r in requests)
             if needed > stats.free + stats.cached:
                 return False
         return True
@@ -225,8 +225,14 @@ def _most_new(cache: KVCache) -> int:
     return min(raw, default=MAX_SLOTS)
 
 
-def _blocks_to_come(request: Request, pool: GroupSpec, prefill_budget: int) -> int:
-    """Blocks that a request may need beyond those that it holds, for its known tokens."""
-    total, pending = len(request.tokens), request.num_pending
-    peak = pool.blocks_for(total, max(1, min(prefill_budget, pending)))
-    return max(0, peak - pool.blocks_held(total - pending))
+def _blocks_to_come(request: Request, number: int, prefill_budget: int) -> int:
+    """Blocks of a pool that a request may need, for its known tokens, beyond those it holds."""
+    sequence, total = request.sequence, len(request.tokens)
+    assert sequence is not None
+    pool, blocks = sequence.cache.spec.pools[number], sequence.blocks(number)
+    # Not pool.blocks_held: of an adopted prefix a group with slack holds less than of a text's own.
+    held = int(np.count_nonzero(blocks >= 0))
+    to_come = pool.blocks_for(total, max(1, min(prefill_budget, request.num_pending))) - held
+    if not isinstance(pool, RawPool):
+        to_come = min(to_come, -(-total // pool.block_size) - len(blocks))
+    return max(0, to_come)
