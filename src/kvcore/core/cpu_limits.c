@@ -102,10 +102,14 @@ static int has_cpu_controller(char *list) {
 }
 
 /* The lines of /proc/self/cgroup are "0::path" (cgroup 2) or "number:controllers:path". */
-static int32_t cgroup_cpus(void) {
-    char line[PATH_SIZE];
+int32_t kv_cgroup_cpus(const char *root) {
+    char line[PATH_SIZE], file[PATH_SIZE], unified[PATH_SIZE], legacy[PATH_SIZE];
     int32_t limit = INT32_MAX;
-    FILE *stream = fopen("/proc/self/cgroup", "re");
+    if (snprintf(legacy, sizeof(legacy), "%s/sys/fs/cgroup/cpu", root) >= (int)sizeof(legacy))
+        return limit;
+    snprintf(unified, sizeof(unified), "%s/sys/fs/cgroup", root);
+    snprintf(file, sizeof(file), "%s/proc/self/cgroup", root);
+    FILE *stream = fopen(file, "re");
     if (!stream)
         return limit;
     while (fgets(line, sizeof(line), stream)) {
@@ -118,9 +122,9 @@ static int32_t cgroup_cpus(void) {
         *path++ = '\0';
         int32_t here = INT32_MAX;
         if (*controllers == '\0')
-            here = tightest(unified_cpus, "/sys/fs/cgroup", path);
+            here = tightest(unified_cpus, unified, path);
         else if (has_cpu_controller(controllers))
-            here = tightest(legacy_cpus, "/sys/fs/cgroup/cpu", path);
+            here = tightest(legacy_cpus, legacy, path);
         if (here < limit)
             limit = here;
     }
@@ -129,7 +133,7 @@ static int32_t cgroup_cpus(void) {
 }
 
 int32_t kv_usable_cpus(void) {
-    const int32_t cpus = affinity_cpus(), quota = cgroup_cpus();
+    const int32_t cpus = affinity_cpus(), quota = kv_cgroup_cpus("");
     return quota < cpus ? quota : cpus;
 }
 
