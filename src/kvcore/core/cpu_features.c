@@ -45,7 +45,7 @@ static uint64_t saved_state(uint32_t leaf1_ecx) {
 
 /* Zen 4 and 5 do dot products at the rate of FMAs; Emerald Rapids at a quarter of it. */
 static int is_amd(void) {
-    uint32_t a, b, c, d;
+    uint32_t a, b = 0, c = 0, d = 0;
     return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
            d == signature_AMD_edx;
 }
