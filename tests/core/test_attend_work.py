@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.library import ISAS, i32, i64, machine
@@ -101,11 +101,13 @@ def cut_work(tmp_path_factory):
 tiles_of_rows = st.tuples(st.integers(1, TILE), st.integers(1, 40_000))
 
 
+@settings(max_examples=300)
 @given(
     tiles=st.lists(tiles_of_rows, min_size=1, max_size=20),
     num_parts=st.integers(1, MOST_PARTS),
     most_slot_rows=st.one_of(st.just(UNBOUNDED), st.integers(0, 30_000)),
 )
+@example(tiles=[(3, 3073)], num_parts=5, most_slot_rows=30)
 def test_parts_take_all_rows_once_and_slots_stay_bounded(
     cut_work, tiles, num_parts, most_slot_rows
 ):

@@ -219,7 +219,10 @@ static int32_t cut_work(kv_unit *units, int64_t *num_units, int32_t num_parts,
     bounds[0] = (kv_bound){0, 0, -1};
     for (int32_t part = 1; part < num_parts; part++) {
         kv_bound *bound = &bounds[part];
-        const int64_t before = units[bound[-1].unit].start;
+        *bound = bound[-1];
+        if (bound->unit == *num_units) /* a bound before may have been moved to the end */
+            continue;
+        const int64_t before = units[bound->unit].start;
         const int64_t target = total / num_parts * part + total % num_parts * part / num_parts;
         *bound = nearest_bound(units, num_units, target > before ? target : before,
                                total / num_parts, most_slot_rows);
