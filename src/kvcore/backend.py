@@ -72,7 +72,7 @@ class Backend(Protocol):
         ...
 
     def blocks(self, storage: Storage, layer: int) -> tuple[Any, Any]:
-        """K and V of a layer where they lie: [N, H, B, D] and [N, H, B, Dv]."""
+        """K and V of a layer where they lie: [N, H, B, D] and [N, H, B, Dv], or tiles of bytes."""
         ...
 
     def read(

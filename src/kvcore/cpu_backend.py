@@ -9,45 +9,13 @@ import numpy as np
 
 from kvcore import arrays, checks, quantize
 from kvcore._native import attention
-from kvcore._native.blocks import Blocks, Memory, Plan
+from kvcore._native.blocks import Blocks, Plan
 from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_positions
 from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
-from kvcore.errors import InvalidArgument, InvalidType, TokensReleased
+from kvcore.cpu_storage import CpuStorage
+from kvcore.errors import InvalidArgument, InvalidType, NotFinite, TokensReleased
 from kvcore.formats import FORMATS, Format, get_format
 from kvcore.spec import MAX_HEAD_DIM, CacheSpec
-
-
-class CpuStorage:
-    """K and V of every layer that owns storage, each [N, H, B, D]; V may be a view of K."""
-
-    def __init__(self, spec: CacheSpec, num_blocks: Sequence[int]) -> None:
-        owned: dict[int, tuple[Blocks, Blocks]] = {}
-        self.group_blocks: list[list[Blocks]] = [[] for _ in spec.groups]
-        self.nbytes = 0
-        for i, layer in enumerate(spec.layers):
-            if layer.kv_source != i:
-                continue
-            count, block_size = num_blocks[layer.group], spec.groups[layer.group].block_size
-            k_format, v_format = layer.formats
-            shape = (count, layer.num_kv_heads, block_size)
-            k_blocks = _allocate(k_format, (*shape, layer.head_dim))
-            if layer.v_in_k:
-                v_blocks = Blocks.of_rows(k_blocks.array[..., : layer.v_in_k], k_format.index)
-                stored = [k_blocks]
-            else:
-                v_blocks = _allocate(v_format, (*shape, layer.head_dim_v))
-                stored = [k_blocks, v_blocks]
-            owned[i] = k_blocks, v_blocks
-            self.group_blocks[layer.group] += stored
-            self.nbytes += sum(blocks.nbytes for blocks in stored)
-        self.layers = [owned[layer.kv_source] for layer in spec.layers]
-        self.v_in_k = [layer.v_in_k for layer in spec.layers]
-
-
-def _allocate(format: Format, shape: tuple[int, int, int, int]) -> Blocks:
-    count = shape[0] * shape[1] * shape[2]
-    data = memoryview(Memory(count * format.row_nbytes(shape[3])))
-    return Blocks.of_rows(np.frombuffer(data, format.storage_dtype).reshape(shape), format.index)
 
 
 class CpuBackend:
@@ -68,6 +36,8 @@ class CpuBackend:
         k_blocks, v_blocks = storage.layers[layer]
         number = arrays.layout_number(layout)
         k_rows = _rows_for(k, "k", layout, plan, k_blocks)
+        if k_blocks.needs_finite:
+            _check_finite(k_rows, "k", plan, number)
         if storage.v_in_k[layer]:
             if v is not None:
                 raise InvalidArgument(
@@ -77,6 +47,8 @@ class CpuBackend:
             attention.append(plan, k_rows, number, k_blocks)
             return
         v_rows = _rows_for(v, "v", layout, plan, v_blocks)
+        if v_blocks.needs_finite:
+            _check_finite(v_rows, "v", plan, number)
         attention.append(plan, k_rows, number, k_blocks)
         attention.append(plan, v_rows, number, v_blocks)
 
@@ -94,9 +66,13 @@ class CpuBackend:
         k_blocks, v_blocks = storage.layers[layer]
         return _attend(plan, q, k_blocks, v_blocks, layout, options, return_lse, out)
 
-    def copy_blocks(self, storage: CpuStorage, group: int, plan: Plan) -> None:
-        for blocks in storage.group_blocks[group]:
+    def copy_blocks(self, storage: CpuStorage, pool: int, plan: Plan) -> None:
+        for blocks in storage.pool_blocks[pool]:
             attention.copy_blocks(plan, blocks)
+
+    def restore_raw(self, storage: CpuStorage, group: int, plan: Plan) -> None:
+        for blocks in storage.pool_blocks[group]:
+            attention.restore_raw(plan, blocks)
 
     def blocks(self, storage: CpuStorage, layer: int) -> tuple[np.ndarray, np.ndarray]:
         k_blocks, v_blocks = storage.layers[layer]
@@ -242,6 +218,15 @@ def _rows_for(
             f"{argument}: expected a multiple of {blocks.num_heads} heads, got {num_heads}"
         )
     return array
+
+
+def _check_finite(rows: np.ndarray, argument: str, plan: Plan, layout: int) -> None:
+    place = attention.find_not_finite(plan, rows, layout)
+    if place is not None:
+        raise NotFinite(
+            f"{argument}: expected finite numbers, as the format is quantized, got NaN or infinity "
+            f"in new token {place[0]}, head {place[1]}"
+        )
 
 
 def _attend(

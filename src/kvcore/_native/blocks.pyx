@@ -131,6 +131,11 @@ cdef class Blocks:
     def nbytes(self):
         return kv_blocks_nbytes(&self.c)
 
+    @property
+    def needs_finite(self):
+        """Whether append refuses rows that have a NaN or an infinity."""
+        return self.c.metadata_offset > 0 and not self.c.saturate
+
 
 cdef object copied(const int32_t *data, int64_t count):
     """A NumPy copy, because the step's buffer is used again by later steps."""

@@ -108,8 +108,6 @@ kv_status kv_check_blocks(const kv_blocks *blocks) {
         !is_power_of_two(blocks->block_size) || blocks->block_size < 16 ||
         !fits_format(blocks->format, blocks->head_dim, blocks->block_size))
         return KV_ERR_VALUE;
-    if (!kv_format_is_float(blocks->format))
-        return KV_ERR_UNSUPPORTED;
     if ((status = check_strides(blocks)) != KV_OK || (status = check_quantized(blocks)) != KV_OK)
         return status;
     return kv_blocks_nbytes(blocks) < 0 ? KV_ERR_OVERFLOW : KV_OK;
