@@ -14,7 +14,7 @@ from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_po
 from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
 from kvcore.cpu_storage import CpuStorage
 from kvcore.errors import InvalidArgument, InvalidType, NotFinite, TokensReleased
-from kvcore.formats import FORMATS, Format, get_format
+from kvcore.formats import FORMATS, get_format
 from kvcore.spec import MAX_HEAD_DIM, CacheSpec
 
 

@@ -44,7 +44,7 @@ class Blocks(ct.Structure):
     ]
 
 
-class SequenceRows(ct.Structure):
+class ReadSource(ct.Structure):
     _fields_ = [
         ("block_row", ptr),
         ("num_columns", i32),
@@ -120,7 +120,7 @@ lib.kv_append.argtypes = [ct.POINTER(Plan), ct.POINTER(Rows), ct.POINTER(Blocks)
 lib.kv_copy_blocks.argtypes = [ct.POINTER(Plan), ct.POINTER(Blocks)]
 lib.kv_read.argtypes = [
     ct.POINTER(Blocks),
-    ct.POINTER(SequenceRows),
+    ct.POINTER(ReadSource),
     i32,
     i32,
     ct.POINTER(Rows),
@@ -243,7 +243,7 @@ def read(
     blocks: np.ndarray, row: np.ndarray, num_columns: int, start: int, stop: int, out: np.ndarray
 ) -> int:
     """Of float formats, which have no raw rows."""
-    sequence = SequenceRows(address(row), num_columns)
+    sequence = ReadSource(address(row), num_columns)
     return lib.kv_read(blocks_of(blocks), sequence, start, stop, rows_of(out))
 
 

@@ -195,7 +195,7 @@ def read(Blocks blocks not None, cnp.ndarray block_row not None, int32_t start, 
     """
     out = np.empty((stop - start, blocks.c.num_heads, blocks.c.head_dim), np.float32)
     cdef kv_rows rows = as_rows(out, 0)
-    cdef kv_sequence_rows sequence
+    cdef kv_read_source sequence
     cdef kv_status status
     memset(&sequence, 0, sizeof(sequence))
     sequence.block_row = <const int32_t *>cnp.PyArray_DATA(block_row)

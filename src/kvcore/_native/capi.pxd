@@ -169,13 +169,13 @@ cdef extern from "kvcore/kvcore.h" nogil:
     kv_status kv_check_finite(const kv_plan *plan, const kv_rows *rows, int32_t *token,
                               int32_t *head)
     kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks)
-    ctypedef struct kv_sequence_rows:
+    ctypedef struct kv_read_source:
         const int32_t *block_row
         int32_t num_columns
         const int32_t *raw_row
         int32_t num_raw_columns
         int32_t length
-    kv_status kv_read(const kv_blocks *blocks, const kv_sequence_rows *sequence, int32_t start,
+    kv_status kv_read(const kv_blocks *blocks, const kv_read_source *sequence, int32_t start,
                       int32_t stop, const kv_rows *out)
 
     ctypedef struct kv_attend_options:

@@ -10,7 +10,7 @@ enum { PART_BYTES = 256 * 1024, MAX_HEAD_DIM = 1024 };
 typedef struct read_task {
     const kv_kernels *kernels;
     const kv_blocks *blocks;
-    const kv_sequence_rows *sequence;
+    const kv_read_source *sequence;
     const kv_rows *out;
     int32_t start, num_tokens, num_parts;
 } read_task;
@@ -67,7 +67,7 @@ static void read_part(void *context, int32_t part) {
 }
 
 /* Raw blocks that are there lie in their pool; whether they are there is looked at row by row. */
-static kv_status check_raw_row(const kv_blocks *blocks, const kv_sequence_rows *sequence,
+static kv_status check_raw_row(const kv_blocks *blocks, const kv_read_source *sequence,
                                int32_t stop) {
     if (!blocks->raw || !sequence->raw_row)
         return KV_OK;
@@ -80,8 +80,8 @@ static kv_status check_raw_row(const kv_blocks *blocks, const kv_sequence_rows *
     return KV_OK;
 }
 
-static kv_status check_read(const kv_blocks *blocks, const kv_sequence_rows *sequence,
-                            int32_t start, int32_t stop, const kv_rows *out) {
+static kv_status check_read(const kv_blocks *blocks, const kv_read_source *sequence, int32_t start,
+                            int32_t stop, const kv_rows *out) {
     kv_status status;
     if ((status = kv_check_blocks(blocks)) != KV_OK)
         return status;
@@ -104,7 +104,7 @@ static kv_status check_read(const kv_blocks *blocks, const kv_sequence_rows *seq
     return status == KV_OK ? check_raw_row(blocks, sequence, stop) : status;
 }
 
-kv_status kv_read(const kv_blocks *blocks, const kv_sequence_rows *sequence, int32_t start,
+kv_status kv_read(const kv_blocks *blocks, const kv_read_source *sequence, int32_t start,
                   int32_t stop, const kv_rows *out) {
     const kv_status status = check_read(blocks, sequence, start, stop, out);
     const kv_kernels *kernels = kv_active_kernels();

@@ -319,17 +319,17 @@ KV_API kv_status kv_check_finite(const kv_plan *plan, const kv_rows *rows, int32
 KV_API kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks);
 
 /* One sequence as its next token would read it. */
-typedef struct kv_sequence_rows {
+typedef struct kv_read_source {
     const int32_t *block_row; /* [num_columns] the sequence's blocks */
     int32_t num_columns;
     const int32_t *raw_row; /* [num_raw_columns] those of its raw rows; NULL: there are none */
     int32_t num_raw_columns;
     int32_t length; /* tokens that it holds, for raw rows */
-} kv_sequence_rows;
+} kv_read_source;
 
 /* Decodes tokens [start, stop) into rows [stop - start, H, D] (ragged, `out` with padded_length 0).
  * Raw rows that were lost are read encoded. */
-KV_API kv_status kv_read(const kv_blocks *blocks, const kv_sequence_rows *sequence, int32_t start,
+KV_API kv_status kv_read(const kv_blocks *blocks, const kv_read_source *sequence, int32_t start,
                          int32_t stop, const kv_rows *out);
 
 /* In the order in which they act. A struct_size that ends before a field leaves that option off, as
