@@ -2,6 +2,7 @@
  * machine runs. It needs nothing but the core, so that it also runs under emulators and sanitizers:
  * see check_data_plane.sh. Prints one line and exits with 0 when all is well. */
 
+#include "dispatch.h"
 #include "kvcore.h"
 
 #include <math.h>
@@ -454,9 +455,29 @@ static uint64_t hash_bytes(uint64_t hash, const char *bytes, int64_t count) {
     return hash;
 }
 
+enum { QUANTIZED_ROWS = 32, QUANTIZED_DIM = 192 };
+
+/* The kernels themselves, which keep codes and metadata apart, and tokens from the middle. */
+static void check_kernels(kv_format format, const float *rows, const kv_channels *channels,
+                          const float *expected) {
+    enum { FIRST = 13, COUNT = 9, STRIDE = QUANTIZED_DIM + 16 };
+    const kv_kernels *kernels = kv_active_kernels();
+    char *codes = allocate(QUANTIZED_ROWS * QUANTIZED_DIM), *metadata = allocate(1 << 14);
+    float *some = allocate(COUNT * STRIDE * sizeof(float));
+    kernels->encode(format, rows, QUANTIZED_ROWS, QUANTIZED_DIM, channels, codes, metadata);
+    kernels->decode(format, codes, metadata, FIRST, COUNT, QUANTIZED_DIM, channels, some, STRIDE);
+    for (int t = 0; t < COUNT; t++)
+        CHECK(memcmp(some + t * STRIDE, expected + (FIRST + t) * QUANTIZED_DIM,
+                     QUANTIZED_DIM * sizeof(float)) == 0,
+              "format %d: token %d", format, FIRST + t);
+    free(codes);
+    free(metadata);
+    free(some);
+}
+
 /* Bytes and decoded bits of quantized rows are one for all ISAs and machines. */
 static void check_quantized(void) {
-    enum { ROWS = 32, DIM = 192 };
+    enum { ROWS = QUANTIZED_ROWS, DIM = QUANTIZED_DIM };
     float *rows = allocate(ROWS * DIM * sizeof(float)),
           *back = allocate(ROWS * DIM * sizeof(float));
     float scales[DIM], bias[DIM];
@@ -479,6 +500,7 @@ static void check_quantized(void) {
         CHECK(kv_dequantize(codes, (kv_format)format, ROWS, DIM, &channels, KV_DTYPE_F32, back) ==
                   KV_OK,
               "%s", info->name);
+        check_kernels((kv_format)format, rows, &channels, back);
         hash = hash_bytes(hash, codes, nbytes);
         hash = hash_bytes(hash, (const char *)back, ROWS * DIM * (int64_t)sizeof(float));
     }

@@ -19,6 +19,7 @@ DTYPES = {
 }
 OK, NULL, VALUE, RANGE, OVERFLOW, UNSUPPORTED = range(6)
 RELEASED = 17
+NOT_FINITE = 19
 
 i32, i64, ptr = ct.c_int32, ct.c_int64, ct.c_void_p
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes as ct
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from core.library import DTYPES, FORMATS, ISAS, OK, VALUE, lib, machine
+from core.library import (
+    DTYPES,
+    FORMATS,
+    ISAS,
+    NOT_FINITE,
+    NULL,
+    OK,
+    VALUE,
+    address,
+    lib,
+    machine,
+)
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 
@@ -89,6 +102,47 @@ def test_nan_is_quiet_and_keeps_its_upper_bits(isa: str) -> None:
     with machine(isa):
         assert encode(x, "fp16").view(np.uint16)[:4].tolist() == [0x7E00, 0xFF09, 0x7E00, 0xFE01]
         assert encode(x, "bf16").view(np.uint16)[:4].tolist() == [0x7FC0, 0xFFE1, 0x7FC0, 0xFFC0]
+
+
+class Channels(ct.Structure):
+    _fields_ = (("bias", ct.c_void_p), ("scales", ct.c_void_p))
+
+
+def test_rejects_channels_that_a_format_does_not_have() -> None:
+    x, good = np.ones((32, 64), np.float32), np.ones(64, np.float32)
+    data, bad = np.zeros(32 * 64 * 5, np.uint8), good.copy()
+    int8, static, rot3, chan4 = 3, 6, 10, 12
+    bad[63] = np.nan
+
+    def status(fmt: int, bias: np.ndarray | None, scales: np.ndarray | None, rows: int = 32) -> int:
+        given = ct.byref(Channels(address(bias), address(scales)))
+        found = lib.kv_quantize(x.ctypes.data, 0, fmt, rows, 64, given, data.ctypes.data)
+        back = np.empty_like(x)
+        also = lib.kv_dequantize(data.ctypes.data, fmt, rows, 64, given, 0, back.ctypes.data)
+        assert found == also
+        return found
+
+    assert status(int8, good, None) == status(static, good, good) == status(chan4, None, None) == OK
+    assert status(int8, bad, None) == status(static, None, bad) == VALUE
+    assert status(static, None, 0 * good) == status(static, None, -good) == VALUE
+    assert status(int8, None, good) == status(0, good, None) == VALUE
+    assert status(chan4, None, None, rows=33) == VALUE
+    assert status(static, None, None) == NULL
+    assert lib.kv_quantize(x.ctypes.data, 0, rot3, 20, 96, None, data.ctypes.data) == VALUE
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_writes_nothing_when_a_row_is_not_finite(isa: str, dtype: str) -> None:
+    for place in (0, 1000, 32 * 64 - 1):
+        x = np.ones(32 * 64, DTYPES[dtype])
+        data = np.full(32 * 64 * 5, 7, np.uint8)
+        for value in (np.inf, -np.inf, np.nan):
+            x[place] = value
+            with machine(isa):
+                given = (FORMATS[dtype], 3, 32, 64, None, data.ctypes.data)
+                assert lib.kv_quantize(x.ctypes.data, *given) == NOT_FINITE
+            assert (data == 7).all()
 
 
 def test_rejects_bad_arguments() -> None:

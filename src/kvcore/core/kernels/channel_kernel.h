@@ -29,20 +29,20 @@ KV_INLINE void kv_encode_chunk(const float *rows, int32_t head_dim, const float 
     float down[KV_CHUNK], from[KV_CHUNK], inverse[KV_CHUNK];
     kv_load_chunk(rows, head_dim, bias, x, least, most);
     for (int j = 0; j < KV_CHUNK; j++) {
-        uint16_t lo, step;
-        const float a = fabsf(least[j]), b = fabsf(most[j]);
-        const kv_power power = kv_power_of(a > b ? a : b);
-        down[j] = power.down;
-        inverse[j] = kv_encode_range(least[j] * power.down, most[j] * power.down, (float)levels,
-                                     power, &lo, &step);
-        from[j] = kv_bf16_value(lo) * power.down;
-        kv_store_metadata(metadata, c + j, lo);
-        kv_store_metadata(metadata, head_dim + c + j, step);
+        kv_range range = {.least = least[j], .most = most[j]};
+        kv_encode_range(&range, (float)levels);
+        down[j] = range.down;
+        from[j] = range.from;
+        inverse[j] = range.inverse;
+        kv_store_metadata(metadata, c + j, range.lo);
+        kv_store_metadata(metadata, head_dim + c + j, range.step);
     }
     for (int t = 0; t < KV_GROUP_TOKENS; t++)
-        for (int j = 0; j < KV_CHUNK; j++) {
-            const float u = (x[t][j] * down[j] - from[j]) * inverse[j];
-            codes[t][j] = (uint8_t)kv_to_bits(u + KV_ROUND);
+        for (int j = 0; j < KV_CHUNK; j += KV_LANES) {
+            const kv_vec u =
+                kv_sub(kv_mul(kv_load(x[t] + j), kv_load(down + j)), kv_load(from + j));
+            const kv_vec code = kv_mul(u, kv_load(inverse + j));
+            kv_store_u8(codes[t] + j, kv_add(code, kv_broadcast(KV_ROUND)));
         }
 }
 
@@ -126,8 +126,10 @@ static void kv_decode_group(kv_format format, const uint8_t *lines, const char *
     for (int32_t t = 0; t < count; t++) {
         float *row = rows + t * row_stride;
         kv_unpack_token(format, lines, first + t, head_dim, codes);
-        for (int32_t c = 0; c < head_dim; c++)
-            row[c] = lo[c] + step[c] * (float)codes[c];
+        for (int32_t c = 0; c < head_dim; c += KV_LANES) {
+            const kv_vec more = kv_mul(kv_load(step + c), kv_load_u8(codes + c));
+            kv_store(row + c, kv_add(kv_load(lo + c), more));
+        }
         kv_add_bias(row, head_dim, bias);
     }
 }

@@ -19,20 +19,28 @@ static void kv_decode_int4(const uint8_t *codes, const char *metadata, int32_t h
     for (int32_t at = 0; at < head_dim; at += 32) {
         const float lo = kv_bf16_value(kv_load_metadata(metadata, at / 32));
         const float step = kv_bf16_value(kv_load_metadata(metadata, (head_dim + at) / 32));
-        for (int32_t i = at; i < at + 32; i++)
-            row[i] = lo + step * (float)code[i];
+        for (int32_t i = at; i < at + 32; i += KV_LANES) {
+            const kv_vec more = kv_mul(kv_broadcast(step), kv_load_u8(code + i));
+            kv_store(row + i, kv_add(kv_broadcast(lo), more));
+        }
     }
 }
 
-KV_INLINE void kv_look_up(const uint8_t *codes, int32_t head_dim, const int8_t *levels,
-                          int num_levels, float *row) {
-    float table[16];
+KV_INLINE void kv_decode_table(const uint8_t *codes, int32_t head_dim, const int8_t *levels,
+                               int num_levels, float *row) {
+    float table[16] = {0};
     for (int k = 0; k < num_levels; k++) {
         table[num_levels + k] = levels[k];
         table[num_levels - 1 - k] = (float)-levels[k];
     }
-    for (int32_t i = 0; i < head_dim; i++)
-        row[i] = table[codes[i]];
+    for (int32_t i = 0; i < head_dim; i += KV_LANES)
+        kv_store(row + i, kv_look_up(table, codes + i));
+}
+
+/* row := codes - 128 */
+KV_INLINE void kv_decode_bytes(const uint8_t *codes, int32_t head_dim, float *row) {
+    for (int32_t i = 0; i < head_dim; i += KV_LANES)
+        kv_store(row + i, kv_sub(kv_load_u8(codes + i), kv_broadcast(128)));
 }
 
 /* The levels of a rot row, as floats. */
@@ -41,20 +49,21 @@ KV_INLINE void kv_decode_levels(kv_format format, const uint8_t *from, int32_t h
     uint8_t codes[KV_MAX_HEAD_DIM];
     if (format == KV_FORMAT_ROT6) {
         kv_unpack(from, head_dim, 6, codes);
-        for (int32_t i = 0; i < head_dim; i++)
-            row[i] = (float)(2 * codes[i] - 63);
+        for (int32_t i = 0; i < head_dim; i += KV_LANES) {
+            const kv_vec code = kv_load_u8(codes + i);
+            kv_store(row + i, kv_sub(kv_add(code, code), kv_broadcast(63)));
+        }
     } else if (format == KV_FORMAT_ROT4) {
         kv_unpack(from, head_dim, 4, codes);
-        kv_look_up(codes, head_dim, kv_rot4_levels, 8, row);
+        kv_decode_table(codes, head_dim, kv_rot4_levels, 8, row);
     } else if (format == KV_FORMAT_ROT3) {
         kv_unpack(from, head_dim, 3, codes);
-        kv_look_up(codes, head_dim, kv_rot3_levels, 4, row);
+        kv_decode_table(codes, head_dim, kv_rot3_levels, 4, row);
     } else if (format == KV_FORMAT_ROT2) {
         kv_unpack(from, head_dim, 2, codes);
-        kv_look_up(codes, head_dim, kv_rot2_levels, 2, row);
+        kv_decode_table(codes, head_dim, kv_rot2_levels, 2, row);
     } else {
-        for (int32_t i = 0; i < head_dim; i++)
-            row[i] = (float)(from[i] - 128);
+        kv_decode_bytes(from, head_dim, row);
     }
 }
 
@@ -64,8 +73,9 @@ KV_INLINE void kv_decode_row(kv_format format, const uint8_t *codes, const char 
     if (format == KV_FORMAT_INT4) {
         kv_decode_int4(codes, metadata, head_dim, row);
     } else if (format == KV_FORMAT_INT8_STATIC) {
-        for (int32_t i = 0; i < head_dim; i++)
-            row[i] = (float)(codes[i] - 128) * channels->scales[i];
+        kv_decode_bytes(codes, head_dim, row);
+        for (int32_t i = 0; i < head_dim; i += KV_LANES)
+            kv_store(row + i, kv_mul(kv_load(row + i), kv_load(channels->scales + i)));
     } else {
         const float scale = kv_bf16_value(kv_load_metadata(metadata, 0));
         if (kv_is_rotated(format)) {
@@ -74,8 +84,8 @@ KV_INLINE void kv_decode_row(kv_format format, const uint8_t *codes, const char 
         } else if (format == KV_FORMAT_FP8_E4M3) {
             kv_decode_e4m3(codes, head_dim, scale, row);
         } else {
-            for (int32_t i = 0; i < head_dim; i++)
-                row[i] = (float)(codes[i] - 128) * scale;
+            kv_decode_bytes(codes, head_dim, row);
+            kv_scale_row(row, head_dim, scale);
         }
     }
 }

@@ -32,8 +32,9 @@ KV_INLINE float kv_sum_lanes(kv_sums sums) {
 /* codes := round(x * inverse) + zero */
 KV_INLINE void kv_round_codes(const float *x, int32_t head_dim, float inverse, int zero,
                               uint8_t *codes) {
-    for (int32_t i = 0; i < head_dim; i++)
-        codes[i] = (uint8_t)kv_to_bits(x[i] * inverse + (KV_ROUND + (float)zero));
+    const kv_vec by = kv_broadcast(inverse), from = kv_broadcast(KV_ROUND + (float)zero);
+    for (int32_t i = 0; i < head_dim; i += KV_LANES)
+        kv_store_u8(codes + i, kv_add(kv_mul(kv_load(x + i), by), from));
 }
 
 KV_INLINE void kv_encode_rot6(const float *x, int32_t head_dim, float inverse, uint8_t *codes) {
@@ -70,24 +71,31 @@ KV_INLINE void kv_encode_e4m3(const float *x, int32_t head_dim, float inverse, u
 
 /* ---- int4 -------------------------------------------------------------------------------------- */
 
-static void kv_encode_int4(float *x, int32_t head_dim, uint8_t *out, char *metadata) {
+/* The least and the most of 32 elements. */
+KV_INLINE void kv_find_bounds(const float *x, float *least, float *most) {
+    kv_vec min = kv_load(x), max = min;
+    for (int i = KV_LANES; i < 32; i += KV_LANES) {
+        min = kv_min(min, kv_load(x + i));
+        max = kv_max(max, kv_load(x + i));
+    }
+    *least = -kv_hmax(kv_sub(kv_zero(), min));
+    *most = kv_hmax(max);
+}
+
+static void kv_encode_int4(const float *x, int32_t head_dim, uint8_t *out, char *metadata) {
     uint8_t codes[KV_MAX_HEAD_DIM];
     for (int32_t at = 0; at < head_dim; at += 32) {
-        uint16_t lo, step;
-        const kv_power power = kv_power_of(kv_absmax(x + at, 32));
-        kv_scale_row(x + at, 32, power.down);
-        kv_vec min = kv_load(x + at), max = min;
-        for (int i = KV_LANES; i < 32; i += KV_LANES) {
-            min = kv_min(min, kv_load(x + at + i));
-            max = kv_max(max, kv_load(x + at + i));
+        kv_range range;
+        kv_find_bounds(x + at, &range.least, &range.most);
+        kv_encode_range(&range, 15);
+        const kv_vec down = kv_broadcast(range.down), from = kv_broadcast(range.from);
+        const kv_vec inverse = kv_broadcast(range.inverse), round = kv_broadcast(KV_ROUND);
+        for (int32_t i = at; i < at + 32; i += KV_LANES) {
+            const kv_vec u = kv_sub(kv_mul(kv_load(x + i), down), from);
+            kv_store_u8(codes + i, kv_add(kv_mul(u, inverse), round));
         }
-        const float least = -kv_hmax(kv_sub(kv_zero(), min));
-        const float inverse = kv_encode_range(least, kv_hmax(max), 15, power, &lo, &step);
-        const float from = kv_bf16_value(lo) * power.down;
-        for (int i = 0; i < 32; i++)
-            codes[at + i] = (uint8_t)kv_to_bits((x[at + i] - from) * inverse + KV_ROUND);
-        kv_store_metadata(metadata, at / 32, lo);
-        kv_store_metadata(metadata, (head_dim + at) / 32, step);
+        kv_store_metadata(metadata, at / 32, range.lo);
+        kv_store_metadata(metadata, (head_dim + at) / 32, range.step);
     }
     kv_pack(codes, head_dim, 4, out);
 }

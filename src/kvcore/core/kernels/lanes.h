@@ -18,6 +18,9 @@
  *   kv_load_bf16_swapped   the same where it is cheaper to have the second and third quarter of the
  *                     lanes in each other's place; kv_swap_middle moves them there and back, and
  *                     kv_fold_swapped folds sums that lie so
+ *   kv_load_u8(p)     bytes as floats
+ *   kv_store_u8(p, v) the lowest byte of each lane's bits
+ *   kv_look_up(table, p)  table[p[i]] for bytes p[i] < 16
  *   kv_prefetch(p)    ask for a cache line in L2
  *
  * Each load and store has a form with the suffix _partial that touches only the first n lanes in

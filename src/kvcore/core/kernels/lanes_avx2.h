@@ -114,6 +114,26 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
                                                     _mm256_extracti128_si256(wide, 1)));
 }
 
+KV_INLINE __m256i kv_widen_u8(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
+
+KV_INLINE kv_vec kv_load_u8(const uint8_t *p) { return _mm256_cvtepi32_ps(kv_widen_u8(p)); }
+
+KV_INLINE void kv_store_u8(uint8_t *p, kv_vec x) {
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+    const __m256i four = _mm256_shuffle_epi8(_mm256_castps_si256(x), lowest);
+    const __m128i low = _mm256_castsi256_si128(four), high = _mm256_extracti128_si256(four, 1);
+    _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(low, high));
+}
+
+KV_INLINE kv_vec kv_look_up(const float *table, const uint8_t *p) {
+    const __m256i from = kv_widen_u8(p);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), from);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), from);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(from, 28)));
+}
+
 KV_INLINE void kv_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #include "lanes_partial.h"

@@ -169,6 +169,20 @@ KV_INLINE void kv_store_bf16_partial(uint16_t *p, kv_vec x, int n) {
     _mm256_mask_storeu_epi16(p, kv_lane_mask(n), kv_narrow_bf16(x));
 }
 
+KV_INLINE __m512i kv_widen_u8(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+
+KV_INLINE kv_vec kv_load_u8(const uint8_t *p) { return _mm512_cvtepi32_ps(kv_widen_u8(p)); }
+
+KV_INLINE void kv_store_u8(uint8_t *p, kv_vec x) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
+}
+
+KV_INLINE kv_vec kv_look_up(const float *table, const uint8_t *p) {
+    return _mm512_permutexvar_ps(kv_widen_u8(p), _mm512_loadu_ps(table));
+}
+
 KV_INLINE void kv_prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 #endif

@@ -86,6 +86,25 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
     vst1_u16(p, vmovn_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet)));
 }
 
+KV_INLINE kv_vec kv_load_u8(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof(four));
+    const uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
+}
+
+KV_INLINE void kv_store_u8(uint8_t *p, kv_vec x) {
+    const uint16x4_t half = vmovn_u32(vreinterpretq_u32_f32(x));
+    const uint32x2_t four = vreinterpret_u32_u8(vmovn_u16(vcombine_u16(half, half)));
+    const uint32_t bytes = vget_lane_u32(four, 0);
+    memcpy(p, &bytes, sizeof(bytes));
+}
+
+KV_INLINE kv_vec kv_look_up(const float *table, const uint8_t *p) {
+    const float v[] = {table[p[0]], table[p[1]], table[p[2]], table[p[3]]};
+    return vld1q_f32(v);
+}
+
 KV_INLINE void kv_prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #include "lanes_partial.h"

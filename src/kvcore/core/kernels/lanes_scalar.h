@@ -128,6 +128,22 @@ KV_INLINE void kv_store_bf16(uint16_t *p, kv_vec x) {
         p[i] = kv_f32_to_bf16(x[i]);
 }
 
+KV_INLINE kv_vec kv_load_u8(const uint8_t *p) {
+    uint8_t four __attribute__((vector_size(4)));
+    memcpy(&four, p, sizeof(four));
+    return __builtin_convertvector(four, kv_vec);
+}
+
+KV_INLINE void kv_store_u8(uint8_t *p, kv_vec x) {
+    const kv_bits bits = (kv_bits)x;
+    for (int i = 0; i < KV_LANES; i++)
+        p[i] = (uint8_t)bits[i];
+}
+
+KV_INLINE kv_vec kv_look_up(const float *table, const uint8_t *p) {
+    return (kv_vec){table[p[0]], table[p[1]], table[p[2]], table[p[3]]};
+}
+
 KV_INLINE void kv_prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #include "lanes_partial.h"

@@ -49,12 +49,21 @@ KV_INLINE float kv_encode_scale(float max, float levels, float factor, kv_power 
     return stored ? 1 / scale : 0;
 }
 
-/* lo and step of values from min to max, these being scaled by power.down; 1 / step is returned,
- * or 0. */
-KV_INLINE float kv_encode_range(float min, float max, float levels, kv_power power, uint16_t *lo,
-                                uint16_t *step) {
-    *lo = kv_bf16_down(min * power.up + 0.0f); /* no -0 */
-    const float width = max - kv_bf16_value(*lo) * power.down;
-    *step = width > 0 ? kv_bf16_up(width / levels * power.up) : 0;
-    return *step ? 1 / (kv_bf16_value(*step) * power.down) : 0;
+/* Elements that share a minimum and a step. */
+typedef struct kv_range {
+    float least, most;         /* of the elements */
+    float down, from, inverse; /* code = round((x * down - from) * inverse) */
+    uint16_t lo, step;         /* what is stored */
+} kv_range;
+
+/* The rest of `range` from its bounds, for codes from 0 to `levels`. */
+KV_INLINE void kv_encode_range(kv_range *range, float levels) {
+    const float a = fabsf(range->least), b = fabsf(range->most);
+    const kv_power power = kv_power_of(a > b ? a : b);
+    range->down = power.down;
+    range->lo = kv_bf16_down(range->least * power.down * power.up + 0.0f); /* no -0 */
+    range->from = kv_bf16_value(range->lo) * power.down;
+    const float width = range->most * power.down - range->from;
+    range->step = width > 0 ? kv_bf16_up(width / levels * power.up) : 0;
+    range->inverse = range->step ? 1 / (kv_bf16_value(range->step) * power.down) : 0;
 }

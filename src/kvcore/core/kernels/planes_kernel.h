@@ -1,15 +1,27 @@
 /* Kernel text: codes of a row, one a byte, to and from the planes that store them:
  * docs/formats.md. A plane of `width` bits holds bits [shift, shift + width) of each code. */
 
-KV_INLINE void kv_pack_unit(const uint8_t *restrict codes, int shift, int width, int bytes,
-                            uint8_t *restrict to) {
-    for (int j = 0; j < bytes; j++) {
-        unsigned byte = 0;
-        KV_UNROLL
-        for (int k = 0; k < 8 / width; k++)
-            byte |= ((unsigned)codes[j + bytes * k] >> shift & ((1u << width) - 1)) << (width * k);
-        to[j] = (uint8_t)byte;
-    }
+/* Sixteen bytes, or eight and zeros. Shifts move bits from byte to byte, where masks drop them. */
+typedef uint64_t kv_unit __attribute__((vector_size(16)));
+
+KV_INLINE kv_unit kv_load_unit(const uint8_t *p, int bytes) {
+    kv_unit unit = {0};
+    memcpy(&unit, p, (size_t)bytes);
+    return unit;
+}
+
+/* The lowest `width` bits of each byte. */
+KV_INLINE kv_unit kv_keep_low(kv_unit unit, int width) {
+    const uint64_t mask = 0x0101010101010101 * ((1u << width) - 1);
+    return unit & (kv_unit){mask, mask};
+}
+
+KV_INLINE void kv_pack_unit(const uint8_t *codes, int shift, int width, int bytes, uint8_t *to) {
+    kv_unit unit = {0};
+    KV_UNROLL
+    for (int k = 0; k < 8 / width; k++)
+        unit |= kv_keep_low(kv_load_unit(codes + bytes * k, bytes) >> shift, width) << (width * k);
+    memcpy(to, &unit, (size_t)bytes);
 }
 
 /* Where the next plane begins. */
@@ -19,7 +31,7 @@ KV_INLINE uint8_t *kv_pack_plane(const uint8_t *codes, int32_t head_dim, int shi
     for (int32_t at = 0; at < head_dim - rest; at += per_unit, to += 16)
         kv_pack_unit(codes + at, shift, width, 16, to);
     if (rest)
-        kv_pack_unit(codes + head_dim - rest, shift, width, rest * width / 8, to);
+        kv_pack_unit(codes + head_dim - rest, shift, width, 8, to);
     return to + rest * width / 8;
 }
 
@@ -38,15 +50,16 @@ KV_INLINE void kv_pack(const uint8_t *codes, int32_t head_dim, int bits, uint8_t
 }
 
 /* The codes of a unit; those of a plane with a shift join what the planes below it left. */
-KV_INLINE void kv_unpack_unit(const uint8_t *restrict from, int shift, int width, int bytes,
-                              uint8_t *restrict codes) {
+KV_INLINE void kv_unpack_unit(const uint8_t *from, int shift, int width, int bytes,
+                              uint8_t *codes) {
+    const kv_unit unit = kv_load_unit(from, bytes);
     KV_UNROLL
-    for (int k = 0; k < 8 / width; k++)
-        for (int j = 0; j < bytes; j++) {
-            const unsigned bits = (unsigned)from[j] >> (width * k) & ((1u << width) - 1);
-            const unsigned below = shift ? codes[j + bytes * k] : 0;
-            codes[j + bytes * k] = (uint8_t)(below | bits << shift);
-        }
+    for (int k = 0; k < 8 / width; k++) {
+        kv_unit code = kv_keep_low(unit >> (width * k), width) << shift;
+        if (shift)
+            code |= kv_load_unit(codes + bytes * k, bytes);
+        memcpy(codes + bytes * k, &code, (size_t)bytes);
+    }
 }
 
 KV_INLINE const uint8_t *kv_unpack_plane(const uint8_t *from, int32_t head_dim, int shift,
@@ -55,7 +68,7 @@ KV_INLINE const uint8_t *kv_unpack_plane(const uint8_t *from, int32_t head_dim, 
     for (int32_t at = 0; at < head_dim - rest; at += per_unit, from += 16)
         kv_unpack_unit(from, shift, width, 16, codes + at);
     if (rest)
-        kv_unpack_unit(from, shift, width, rest * width / 8, codes + head_dim - rest);
+        kv_unpack_unit(from, shift, width, 8, codes + head_dim - rest);
     return from + rest * width / 8;
 }
 
