@@ -21,6 +21,7 @@ typedef struct append_task {
     const kv_rows *rows;
     const kv_blocks *blocks;
     int32_t num_parts;
+    uint8_t not_finite[KV_MAX_THREADS]; /* by part */
 } append_task;
 
 static int32_t part_begin(const append_task *task, int64_t count, int32_t part) {
@@ -55,6 +56,23 @@ static int visit_rows(const append_task *task, int32_t begin, int32_t end, row_v
 static int row_is_finite(const append_task *task, const char *row, int32_t token, int32_t head) {
     (void)token, (void)head;
     return task->kernels->is_finite(row, kv_dtype_format(task->rows->dtype), task->rows->head_dim);
+}
+
+static void check_part(void *context, int32_t part) {
+    append_task *task = context;
+    const int64_t count = task->plan->num_tokens;
+    int32_t token, head;
+    task->not_finite[part] =
+        !visit_rows(task, part_begin(task, count, part), part_begin(task, count, part + 1),
+                    row_is_finite, &token, &head);
+}
+
+static int all_finite(append_task *task) {
+    kv_run_parts(task->num_parts, check_part, task);
+    for (int32_t part = 0; part < task->num_parts; part++)
+        if (task->not_finite[part])
+            return 0;
+    return 1;
 }
 
 /* ---- rows ------------------------------------------------------------------------------------ */
@@ -256,16 +274,18 @@ kv_status kv_check_finite(const kv_plan *plan, const kv_rows *rows, int32_t *tok
 kv_status kv_append(const kv_plan *plan, const kv_rows *rows, const kv_blocks *blocks) {
     const kv_status status = check_append(plan, rows, blocks);
     const kv_kernels *kernels = kv_active_kernels();
-    int32_t token, head;
     if (status != KV_OK)
         return status;
     if (!kernels)
         return KV_ERR_UNSUPPORTED;
     const int64_t nbytes =
         (int64_t)plan->num_tokens * rows->num_heads * rows->head_dim * kv_dtype_bytes(rows->dtype);
-    append_task task = {kernels, plan, rows, blocks, kv_num_parts(nbytes, PART_BYTES)};
-    if (!kv_format_is_float(blocks->format) && !blocks->saturate &&
-        !visit_rows(&task, 0, plan->num_tokens, row_is_finite, &token, &head))
+    append_task task = {.kernels = kernels,
+                        .plan = plan,
+                        .rows = rows,
+                        .blocks = blocks,
+                        .num_parts = kv_num_parts(nbytes, PART_BYTES)};
+    if (!kv_format_is_float(blocks->format) && !blocks->saturate && !all_finite(&task))
         return KV_ERR_NOT_FINITE;
     kv_run_parts(task.num_parts, append_part, &task);
     if (kv_format_kind_of(blocks->format) == KV_KIND_CHANNEL)
