@@ -128,6 +128,11 @@ def test_rejects_channels_that_a_format_does_not_have() -> None:
     assert status(int8, None, good) == status(0, good, None) == VALUE
     assert status(chan4, None, None, rows=33) == VALUE
     assert status(static, None, None) == NULL
+    for fmt in sorted(set(range(3, 14)) - {static}):
+        assert status(fmt, None, None) == OK
+        written = data.tobytes()
+        assert lib.kv_quantize(x.ctypes.data, 0, fmt, 32, 64, None, data.ctypes.data) == OK
+        assert data.tobytes() == written
     assert lib.kv_quantize(x.ctypes.data, 0, rot3, 20, 96, None, data.ctypes.data) == VALUE
 
 

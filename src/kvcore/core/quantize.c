@@ -95,8 +95,7 @@ static int are_scales(const float *scales, int32_t head_dim) {
 }
 
 static kv_status check_channels(const quantize_task *task) {
-    const float *bias = task->channels ? task->channels->bias : NULL;
-    const float *scales = task->channels ? task->channels->scales : NULL;
+    const float *bias = task->channels->bias, *scales = task->channels->scales;
     if (kv_format_is_float(task->format))
         return bias || scales ? KV_ERR_VALUE : KV_OK;
     if ((task->format == KV_FORMAT_INT8_STATIC) != (scales != NULL))
@@ -110,8 +109,11 @@ static kv_status check_channels(const quantize_task *task) {
 
 /* Fills in what follows from the fields that the caller set. */
 static kv_status prepare(quantize_task *task, kv_dtype dtype, int64_t num_rows) {
+    static const kv_channels none;
     int64_t nbytes;
     const int32_t head_dim = task->head_dim;
+    if (!task->channels)
+        task->channels = &none;
     if (!kv_dtype_is_valid(dtype) || !kv_format_is_valid(task->format) || num_rows < 0 ||
         !kv_format_takes_head_dim(task->format, head_dim))
         return KV_ERR_VALUE;

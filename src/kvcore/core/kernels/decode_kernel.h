@@ -93,10 +93,10 @@ KV_INLINE void kv_decode_row(kv_format format, const uint8_t *codes, const char 
 static void kv_decode(kv_format format, const char *codes, const char *metadata, int32_t first,
                       int32_t count, int32_t head_dim, const kv_channels *channels, float *rows,
                       int64_t row_stride) {
-    const float *signs = kv_rotation_signs(), *bias = channels ? channels->bias : NULL;
+    const float *signs = kv_rotation_signs();
     if (kv_format_kind_of(format) == KV_KIND_CHANNEL) {
-        kv_decode_group(format, (const uint8_t *)codes, metadata, first, count, head_dim, bias,
-                        rows, row_stride);
+        kv_decode_group(format, (const uint8_t *)codes, metadata, first, count, head_dim,
+                        channels->bias, rows, row_stride);
         return;
     }
     const int64_t code_bytes = kv_format_code_bytes(format, head_dim);
@@ -105,6 +105,6 @@ static void kv_decode(kv_format format, const char *codes, const char *metadata,
         float *row = rows + t * row_stride;
         kv_decode_row(format, (const uint8_t *)codes + (first + t) * code_bytes,
                       metadata + (first + t) * metadata_bytes, head_dim, channels, signs, row);
-        kv_add_bias(row, head_dim, bias);
+        kv_add_bias(row, head_dim, channels->bias);
     }
 }

@@ -168,14 +168,17 @@ KV_INLINE int kv_is_rotated(kv_format format) {
 static void kv_encode_row(kv_format format, float *x, int32_t head_dim, const float *signs,
                           uint8_t *out, char *metadata) {
     uint8_t codes[KV_MAX_HEAD_DIM];
-    const kv_power power = kv_power_of(kv_absmax(x, head_dim));
-    float factor = 1;
+    const float absmax = kv_absmax(x, head_dim);
+    const kv_power power = kv_power_of(absmax);
+    float max = absmax * power.down, factor = 1;
     if (kv_is_rotated(format)) {
-        factor = 1 / (float)kv_rotation_size(head_dim);
         kv_rotate(x, head_dim, signs, power.down);
+        factor = 1 / (float)kv_rotation_size(head_dim);
     } else {
         kv_scale_row(x, head_dim, power.down);
     }
+    if (format == KV_FORMAT_ROT8 || format == KV_FORMAT_ROT6)
+        max = kv_absmax(x, head_dim);
     if (format == KV_FORMAT_ROT4) {
         kv_encode_levels(x, head_dim, kv_rot4_levels, 8, KV_ROT4_UNIT, power, codes, metadata);
         kv_pack(codes, head_dim, 4, out);
@@ -186,14 +189,11 @@ static void kv_encode_row(kv_format format, float *x, int32_t head_dim, const fl
         kv_encode_levels(x, head_dim, kv_rot2_levels, 2, KV_ROT2_UNIT, power, codes, metadata);
         kv_pack(codes, head_dim, 2, out);
     } else if (format == KV_FORMAT_ROT6) {
-        const float max = kv_absmax(x, head_dim);
         kv_encode_rot6(x, head_dim, kv_encode_scale(max, 64, factor, power, metadata) / 2, codes);
         kv_pack(codes, head_dim, 6, out);
     } else if (format == KV_FORMAT_FP8_E4M3) {
-        const float max = kv_absmax(x, head_dim);
         kv_encode_e4m3(x, head_dim, kv_encode_scale(max, 448, factor, power, metadata), out);
     } else {
-        const float max = kv_absmax(x, head_dim);
         const float inverse = kv_encode_scale(max, 127, factor, power, metadata);
         kv_round_codes(x, head_dim, inverse, 128, out);
     }
@@ -201,10 +201,10 @@ static void kv_encode_row(kv_format format, float *x, int32_t head_dim, const fl
 
 static void kv_encode(kv_format format, const float *rows, int32_t count, int32_t head_dim,
                       const kv_channels *channels, char *codes, char *metadata) {
-    const float *signs = kv_rotation_signs(), *bias = channels ? channels->bias : NULL;
-    float x[KV_MAX_HEAD_DIM];
+    const float *signs = kv_rotation_signs();
+    float x[KV_MAX_HEAD_DIM] __attribute__((aligned(64)));
     if (kv_format_kind_of(format) == KV_KIND_CHANNEL) {
-        kv_encode_group(format, rows, head_dim, bias, (uint8_t *)codes, metadata);
+        kv_encode_group(format, rows, head_dim, channels->bias, (uint8_t *)codes, metadata);
         return;
     }
     const int64_t code_bytes = kv_format_code_bytes(format, head_dim);
