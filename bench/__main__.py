@@ -15,7 +15,8 @@ from pathlib import Path
 import kvcore
 from bench import control, curves, dots, peers, profile, report
 from bench.arguments import names, positive
-from bench.cases import CASES, FORMATS, KINDS, expand
+from bench.cases import CASES, KINDS, expand
+from bench.formats import DEFAULT_FORMATS, parse
 from bench.machine import Pinning, affinity, describe, l3_bytes, out_dir
 from bench.roof import Limits, Roof
 from bench.suite import Row, Settings, load_peers, run_case
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     rows: list[Row] = []
     roof = Roof(num_threads)
     for name in arguments.cases:
-        for kv_format in arguments.formats:
+        for kv_format in arguments.formats or DEFAULT_FORMATS[CASES[name].kind]:
             result = run_case(CASES[name], kv_format, present, roof, settings)
             _print(report.case_lines(CASES[name], kv_format, result, limits[-1]))
             rows += result.rows
@@ -88,7 +89,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=names(CASES, KINDS),
         help=f"comma-separated; --list names them, and {', '.join(KINDS)} are all of a kind",
     )
-    parser.add_argument("--formats", type=names(FORMATS), help=f"of {','.join(FORMATS)}")
+    parser.add_argument(
+        "--formats",
+        type=parse,
+        help="comma-separated; one for K and V, or both with a slash: rot8,chan4/rot4",
+    )
     parser.add_argument(
         "--peers",
         type=names(peers.NAMES),
@@ -104,7 +109,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cases")
     arguments = parser.parse_args(argv)
     arguments.cases = expand(arguments.cases or (QUICK_CASES if arguments.quick else CASES))
-    arguments.formats = arguments.formats or list(QUICK_FORMATS if arguments.quick else FORMATS)
+    if arguments.quick and not arguments.formats:
+        arguments.formats = list(QUICK_FORMATS)
     arguments.peers = arguments.peers or list(QUICK_PEERS if arguments.quick else peers.NAMES)
     return arguments
 

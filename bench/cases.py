@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 import kvcore
+from bench.formats import RAW_FIRST, RAW_LAST, is_quantized, k_and_v
+from kvcore.formats import GROUP_TOKENS, Format, get_format
 
-FORMATS = ("fp32", "fp16", "bf16")
 KINDS = ("decode", "prefill", "append")
 DEFAULT_BLOCK_SIZE = 64
 
@@ -56,19 +58,49 @@ class Case:
     def scale(self) -> float:
         return 1.0 / math.sqrt(self.head_dim)
 
-    def spec(self, kv_format: str, num_layers: int = 1) -> kvcore.CacheSpec:
+    def spec(
+        self, kv_format: str, num_layers: int = 1, data: Data | None = None
+    ) -> kvcore.CacheSpec:
+        """Layers alike. int8_static takes its scales from `data`."""
+        k_format, v_format = k_and_v(kv_format)
+        options: dict[str, Any] = {}
+        if is_quantized(kv_format):
+            options = {"raw_first": RAW_FIRST, "raw_last": RAW_LAST}
+        for side, name in ((k_format, "key_scales"), (v_format, "value_scales")):
+            if side.name == "int8_static" and data is not None:
+                scales = _channel_scales(data.k if name == "key_scales" else data.v)
+                options[name] = np.broadcast_to(scales, (num_layers, *scales.shape))
         return kvcore.CacheSpec(
             num_layers=num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_size=self.block_size,
-            k_format=kv_format,
-            v_format=kv_format,
+            k_format=k_format.name,
+            v_format=v_format.name,
+            **options,
         )
 
     def kv_bytes(self, kv_format: str) -> int:
-        """Bytes of K and V that the call must read, or for an append write."""
-        return self.touched_tokens * self.spec(kv_format).bytes_per_token
+        """Bytes of K and V that the call must read, or for an append write, raw rows included."""
+        return sum(self.stored_bytes(kv_format)) + self.raw_bytes(kv_format)
+
+    def stored_bytes(self, kv_format: str) -> tuple[int, int]:
+        """The part of kv_bytes that is K's and V's in their formats, metadata included."""
+        k, v = (
+            self.touched_rows(side)[0] * self.num_kv_heads * side.row_nbytes(self.head_dim)
+            for side in k_and_v(kv_format)
+        )
+        return k, v
+
+    def raw_bytes(self, kv_format: str) -> int:
+        """The part of kv_bytes that is rows of quantized K and V in bf16."""
+        rows = sum(self.touched_rows(side)[1] for side in k_and_v(kv_format))
+        return rows * self.num_kv_heads * get_format("bf16").row_nbytes(self.head_dim)
+
+    def row_bytes(self, kv_format: str) -> int:
+        """Bytes of a token's K and V in their formats."""
+        sides = k_and_v(kv_format)
+        return self.num_kv_heads * sum(side.row_nbytes(self.head_dim) for side in sides)
 
     @property
     def touched_tokens(self) -> int:
@@ -76,6 +108,35 @@ class Case:
         if self.kind == "append":
             return self.num_tokens
         return sum(self.seq_lens) - self.shared * (len(self.seq_lens) - 1)
+
+    def touched_rows(self, side: Format) -> tuple[int, int]:
+        """Of those tokens: how many in K's or V's own format, and how many raw.
+
+        A prefill's first rows read raw what later ones read encoded: it touches both.
+        """
+        if not side.is_quantized:
+            return self.touched_tokens, 0
+        pairs = list(zip(self.stored, self.seq_lens, strict=True))
+        if self.kind == "append":
+            if side.kind == "row":
+                return self.num_tokens, self.num_tokens
+            return sum(_whole_groups(n) - _whole_groups(s) for s, n in pairs), self.num_tokens
+        encoded, raw = [], []
+        for stored, seq_len in pairs:
+            tokens = np.arange(seq_len)
+            encoded.append((tokens >= RAW_FIRST) & (tokens < _whole_groups(seq_len) - RAW_LAST))
+            raw.append((tokens < RAW_FIRST) | (tokens >= _whole_groups(stored + 1) - RAW_LAST))
+        return self._once(encoded), self._once(raw)
+
+    def _once(self, marks: list[np.ndarray]) -> int:
+        """Marked tokens of all sequences, shared ones once."""
+        own = sum(int(mark[self.shared :].sum()) for mark in marks)
+        return own + int(np.any([mark[: self.shared] for mark in marks], axis=0).sum())
+
+    @property
+    def appended_rows(self) -> int:
+        """Rows of K and V that the step adds."""
+        return 2 * self.num_tokens * self.num_kv_heads
 
     @property
     def flops(self) -> int:
@@ -99,6 +160,17 @@ class Case:
             sharing = f", {self.shared} tokens shared" if self.shared else ""
             return f"decode, batch {count}, contexts {lengths}{sharing}, {heads}"
         return f"prefill, {_span(self.new)} new on {_span(self.stored)} stored, {heads}"
+
+
+def _whole_groups(num_tokens: int) -> int:
+    """Tokens in whole groups, which are encoded; what is raw begins and ends with groups."""
+    return num_tokens // GROUP_TOKENS * GROUP_TOKENS
+
+
+def _channel_scales(rows: list[np.ndarray]) -> np.ndarray:
+    """int8's step for the largest magnitude of each head and channel [H, D]."""
+    peak: np.ndarray = np.max([np.abs(part).max(axis=0) for part in rows], axis=0)
+    return peak / 127
 
 
 def _span(values: tuple[int, ...]) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 
 import kvcore
 from bench.arguments import names, positive
-from bench.cases import FORMATS, Case, decode
+from bench.cases import Case, decode
+from bench.formats import FLOATS, parse
 from bench.machine import affinity, describe
 from bench.roof import Roof
 from bench.suite import Row, Settings, run_case
@@ -174,7 +175,7 @@ def _drawing() -> Any:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench curves", description=__doc__)
     parser.add_argument("--kinds", type=names(SIZES), default=list(SIZES))
-    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", type=parse, default=list(FLOATS))
     parser.add_argument("--longest", type=positive, default=1 << 30, metavar="TOKENS")
     parser.add_argument("--threads", type=positive, help="default: what kvcore would use")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each point (1)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from matplotlib import pyplot
 from bench.curves import DEGREES, Curve
 
 COLORS = {"fp32": "#1b6ca8", "fp16": "#d1672c", "bf16": "#3d8b4f"}
+MORE_COLORS = ("#8e4585", "#b8860b", "#5f6a6a", "#c0392b", "#2e86ab")
 X_LABELS = {"decode": "tokens in the cache", "prefill": "new tokens"}
 TITLES = {
     "decode": "A decode step beside reading its K and V from memory",
@@ -29,8 +31,9 @@ def draw(
     kind = curves[0].kind
     figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
     floors = set()
+    spare = cycle(MORE_COLORS)
     for curve in curves:
-        color = COLORS[curve.kv_format]
+        color = COLORS.get(curve.kv_format) or next(spare)
         tokens = np.array([point.tokens for point in curve.points])
         axes.plot(
             tokens,

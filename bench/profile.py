@@ -11,7 +11,8 @@ from functools import cache
 
 import kvcore
 from bench.arguments import names, positive
-from bench.cases import CASES, FORMATS, KINDS, Case, decode, expand
+from bench.cases import CASES, KINDS, Case, decode, expand
+from bench.formats import FLOATS, parse
 from bench.machine import affinity, l2_bytes
 from bench.report import megabytes
 from bench.roof import Roof
@@ -54,7 +55,7 @@ class Profile:
         alone = Settings(1, seconds=self._settings.seconds)
         heads = {"num_heads": group, "num_kv_heads": 1, "head_dim": head_dim}
         # Two copies, and half of L2 for other things.
-        tokens = l2_bytes() // 4 // decode("", [1], **heads).kv_bytes(kv_format)
+        tokens = l2_bytes() // 4 // decode("", [1], **heads).row_bytes(kv_format)
         short, long = (
             self._row(decode("cached", [n], **heads), kv_format, alone)
             for n in (tokens // 2, tokens)
@@ -69,7 +70,7 @@ class Profile:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench profile", description=__doc__)
     parser.add_argument("--cases", type=names(CASES, KINDS), default=list(CASES))
-    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS))
+    parser.add_argument("--formats", type=parse, default=list(FLOATS))
     parser.add_argument("--threads", type=positive, help="default: what kvcore would use")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case and format (1)")
     arguments = parser.parse_args(argv)

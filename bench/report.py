@@ -13,8 +13,8 @@ from bench.roof import Limits
 from bench.suite import Result, Row
 
 HEADER = (
-    f"  {'peer':<14}{'ms':>10}{'p10':>10}{'GB/s':>9}{'GFLOP/s':>9}{'floor ms':>10}{'of limit':>10}"
-    f"{'x kvcore':>10}{'error':>10}  {'steps':>5}"
+    f"  {'peer':<14}{'ms':>10}{'p10':>10}{'GB/s':>9}{'GFLOP/s':>9}{'Mrow/s':>9}{'floor ms':>10}"
+    f"{'of limit':>10}{'x kvcore':>10}{'error':>10}  {'steps':>5}"
 )
 
 
@@ -61,12 +61,13 @@ def megabytes(case: Case, kv_format: str) -> str:
 def _row_line(row: Row) -> str:
     gflops = "" if row.gflops is None else f"{row.gflops:.1f}"
     gbs = "" if gflops else f"{row.gbs:.1f}"
+    mrows = "" if row.mrows is None else f"{row.mrows:.2f}"
     share = "" if row.peer == "roof" else f"{row.share:.1%}"
     times = "" if row.peer == "kvcore" else f"{row.times_kvcore:.2f}"
     error = "" if row.error is None else f"{row.error:.1e}"
     notes = "  contended" if row.contended else ""
     return (
-        f"  {row.peer:<14}{row.ms:>10.4g}{row.ms_p10:>10.4g}{gbs:>9}{gflops:>9}"
+        f"  {row.peer:<14}{row.ms:>10.4g}{row.ms_p10:>10.4g}{gbs:>9}{gflops:>9}{mrows:>9}"
         f"{row.floor_ms:>10.4g}{share:>10}{times:>10}{error:>10}  {row.steps:>5}{notes}"
     )
 
@@ -88,25 +89,29 @@ def _sharing_line(case: Case, rows: Iterable[Row], limits: Limits) -> str:
 
 
 def best_peer_lines(rows: Iterable[Row]) -> list[str]:
-    """For each case and format kvcore beside the fastest of the peers."""
+    """For each case and format kvcore beside the fastest peer, and beside itself in bf16."""
     cases: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cases.setdefault((row.case, row.kv_format), []).append(row)
     lines = []
-    for (case, kv_format), group in cases.items():
+    for group in cases.values():
         others = [row for row in group if row.peer != "roof" and not row.peer.startswith("kvcore")]
-        if not others:
-            continue
-        own, best = group[0], min(others, key=lambda row: row.times_kvcore)
-        notes = "  contended" if own.contended or best.contended else ""
-        lines.append(
-            f"  {case:<16}{kv_format:<6}{own.regime or '':<6}{own.share:>8.1%}"
-            f"  {best.peer:<14}{best.share:>8.1%}{best.times_kvcore:>10.2f}{notes}"
-        )
-    if not lines:
-        return []
-    head = f"  {'case':<28}{'kvcore':>8}  {'best peer':<14}{'':>8}{'x kvcore':>10}"
-    return ["kvcore and the best peer, each of the limit:", head, *lines]
+        best = min(others, key=lambda row: row.times_kvcore, default=None)
+        bf16 = next((row for row in group if row.peer == "kvcore-bf16"), None)
+        if best or bf16:
+            lines.append(_best_peer_line(group[0], best, bf16))
+    head = f"  {'case':<38}{'kvcore':>8}  {'best peer':<14}{'':>8}{'x kvcore':>10}{'bf16 x':>8}"
+    return ["kvcore and the best peer, each of the limit:", head, *lines] if lines else []
+
+
+def _best_peer_line(own: Row, best: Row | None, bf16: Row | None) -> str:
+    peer = f"{best.peer:<14}{best.share:>8.1%}{best.times_kvcore:>10.2f}" if best else f"{'':>32}"
+    speedup = f"{bf16.times_kvcore:>8.2f}" if bf16 else f"{'':>8}"
+    contended = any(row.contended for row in (own, best, bf16) if row)
+    return (
+        f"  {own.case:<18}{own.kv_format:<14}{own.regime or '':<6}{own.share:>8.1%}  "
+        f"{peer}{speedup}{'  contended' * contended}"
+    ).rstrip()
 
 
 def control_lines(costs: Iterable[Cost]) -> list[str]:

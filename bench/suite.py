@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 
 from bench import peers
 from bench.cases import Case, Data
+from bench.formats import max_error
 from bench.machine import Pinning, l3_bytes
 from bench.measure import Samples, Task, measure, ratio
 from bench.peers import Peer, Workload
 from bench.peers import kvcore as kvcore_peer
 from bench.reference import Reference
 from bench.roof import Roof
-
-#: How wrong an answer may be, rms over rms. Some peers compute in the cache's dtype.
-MAX_ERROR = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2}
 
 #: GB/s of two threads under which memory is called slow. On some machines the pages that a buffer
 #: got decide between about 35 and 55 to 60, and what share of it a kernel can reach.
@@ -32,6 +30,7 @@ class Row:
         ms, ms_p10: median and 10th percentile of a step.
         gbs: bytes of K and V that the step must touch over its time, 1e9 a second.
         gflops: for a prefill, visible flops over the time.
+        mrows: for an append, 1e6 rows of K and V (of one token and head) over the time.
         floor_ms: what the machine's limit took in the same rounds: reading as many bytes, or for a
             prefill doing as many flops.
         regime: for a decode, "slow" or "fast" memory; see `SLOW_GBS`.
@@ -52,6 +51,7 @@ class Row:
     kv_bytes: int
     gbs: float
     gflops: float | None
+    mrows: float | None
     floor_ms: float
     regime: str | None
     share: float
@@ -171,17 +171,19 @@ def _check(
     if workload.case.kind == "append":
         return {}
     reference = Reference(workload.case, workload.data)
-    limit, errors = MAX_ERROR[workload.kv_format], {}
+    errors = {}
     for name, task in list(tasks.items()):
         with nullcontext() if task.pinned else pinning.lifted():
             output = task.output()
         if output is None:
             continue
+        own = name.startswith("kvcore")
+        limit = max_error(workload.kv_format, peer=not own)
         errors[name] = reference.error(output)
         if errors[name] <= limit:
             continue
-        wrong = f"its answer is wrong by {errors[name]:.1e} (rms over rms), at most {limit:.0e}"
-        if name.startswith("kvcore"):
+        wrong = f"its answer is wrong by {errors[name]:.1e} (rms over rms), at most {limit:.1e}"
+        if own:
             raise RuntimeError(f"{name}, {workload.case.name} {workload.kv_format}: {wrong}")
         tasks.pop(name).close()
         absent[name] = wrong
@@ -201,6 +203,7 @@ def _row(workload: Workload, name: str, samples: Mapping[str, Samples], error: f
         kv_bytes=kv_bytes,
         gbs=kv_bytes / own.median / 1e9,
         gflops=case.flops / own.median / 1e9 if case.kind == "prefill" else None,
+        mrows=case.appended_rows / own.median / 1e6 if case.kind == "append" else None,
         floor_ms=roof.median * 1e3,
         regime=_regime(case, kv_bytes / roof.median / 1e9),
         share=ratio(roof, own),

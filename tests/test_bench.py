@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench import curves, report, suite
-from bench.cases import CASES, FORMATS, Case, Data
+from bench import curves, formats, report, suite
+from bench.cases import CASES, KINDS, Case, Data
+from bench.formats import FLOATS
 from bench.machine import Pinning, affinity
 from bench.measure import (
     MAX_SETTLE_SECONDS,
@@ -27,7 +29,8 @@ from bench.measure import (
     ratio,
     settle,
 )
-from bench.peers import NAMES, Peer
+from bench.peers import NAMES, Peer, Workload
+from bench.peers.kvcore import ReadTask
 from bench.profile import HEADER, Profile
 from bench.reference import Reference
 from bench.roof import Limits, Roof
@@ -44,13 +47,19 @@ SMALL = [
     Case("chunk", "prefill", (100,), (33,), num_heads=4, num_kv_heads=2, head_dim=16),
     Case("append", "append", (9, 9), (20, 20), num_kv_heads=2, head_dim=16),
 ]
+#: Of head sizes that all formats take.
+QUANTIZED = [
+    Case("decode", "decode", (199, 70), (1, 1), num_heads=4, num_kv_heads=2, head_dim=64),
+    Case("prefill", "prefill", (100,), (90,), num_heads=4, num_kv_heads=2, head_dim=64),
+    Case("append", "append", (63, 20), (1, 1), num_heads=4, num_kv_heads=2, head_dim=64),
+]
 
 #: Whether a peer takes part in a case.
 OFFERS = {
-    "numpy": lambda case, kv_format: True,
-    "torch": lambda case, kv_format: True,
-    "torch-matmul": lambda case, kv_format: case.kind == "decode",
-    "torch-flex": lambda case, kv_format: case.kind != "append",
+    "numpy": lambda case, kv_format: kv_format in FLOATS,
+    "torch": lambda case, kv_format: kv_format in FLOATS,
+    "torch-matmul": lambda case, kv_format: case.kind == "decode" and kv_format in FLOATS,
+    "torch-flex": lambda case, kv_format: case.kind != "append" and kv_format in FLOATS,
     "onnxruntime": lambda case, kv_format: case.kind != "append" and kv_format != "bf16",
     "openvino": lambda case, kv_format: case.kind != "append",
 }
@@ -85,7 +94,7 @@ def test_bytes_and_flops_by_counting(case):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize("kv_format", FLOATS)
 @pytest.mark.parametrize("peer", ["numpy", "torch", "torch-matmul", "onnxruntime", "openvino"])
 def test_peers_agree_and_every_task_gets_a_row(case, kv_format, peer, roof, settings):
     present, absent = load_peers([peer])
@@ -107,11 +116,99 @@ def test_peers_agree_and_every_task_gets_a_row(case, kv_format, peer, roof, sett
     assert (rows[peer].error is None) == (case.kind == "append")
 
 
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
+@pytest.mark.parametrize("kv_format", ["fp8_e4m3", "chan4/rot4"])
+@pytest.mark.parametrize("peer", ["torch", "onnxruntime", "openvino"])
+def test_peers_stand_beside_formats_of_as_many_bits(case, kv_format, peer, roof, settings):
+    present, absent = load_peers([peer])
+    if absent:
+        pytest.skip(absent[peer])
+    result = run_case(case, kv_format, present, roof, settings)
+    rows = {row.peer: row for row in result.rows}
+    beside = {"kvcore-bf16"} if case.kind != "append" else set()
+    offered = {peer} if OFFERS[peer](case, kv_format) else set()
+    assert rows.keys() == {"kvcore", "roof"} | beside | offered and not result.absent
+    assert rows["kvcore"].kv_format == kv_format
+    assert all((row.mrows is None) == (case.kind != "append") for row in result.rows)
+    if case.kind != "append":
+        rounded = rows["kvcore"].error
+        assert rows["kvcore-bf16"].error < rounded < formats.max_error(kv_format)
+
+
 @pytest.mark.slow  # compiles C++ for every case
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_flex_attention_agrees(case, roof, settings):
     test_peers_agree_and_every_task_gets_a_row(case, "fp32", "torch-flex", roof, settings)
+
+
+@pytest.mark.parametrize("kv_format", [*kvcore.formats.FORMATS, "chan4/rot3", "bf16/rot8"])
+def test_every_format_runs(kv_format, roof, settings):
+    if kv_format in ("chan4", "chan2"):
+        kv_format += "/rot4"
+    result = run_case(QUANTIZED[0], kv_format, {}, roof, settings)
+    assert 0 < result.rows[0].error < formats.max_error(kv_format)
+
+
+def is_raw(i, j):
+    """Whether token i of a sequence reads token j in bf16: DESIGN, raw rows."""
+    return j < 4 or j >= 32 * ((i + 1) // 32) - 32
+
+
+@pytest.mark.parametrize("case", [*QUANTIZED, replace(CASES["decode-shared"], head_dim=64)],
+                         ids=lambda case: case.name)  # fmt: skip
+def test_bytes_of_quantized_formats_by_counting(case):
+    rows = {"row": set(), "channel": set(), "raw": set()}
+    for s, (stored, seq_len) in enumerate(zip(case.stored, case.seq_lens, strict=True)):
+        for i in range(stored, seq_len):
+            if case.kind == "append":
+                sealed = range(i - 31, i + 1) if i % 32 == 31 else ()
+                touched = {"row": [i], "channel": sealed, "raw": [i]}
+            else:
+                encoded = [j for j in range(i + 1) if not is_raw(i, j)]
+                raw = [j for j in range(i + 1) if is_raw(i, j)]
+                touched = {"row": encoded, "channel": encoded, "raw": raw}
+            for kind, tokens in touched.items():
+                rows[kind] |= {(s if j >= case.shared else 0, j) for j in tokens}
+    count = {kind: len(tokens) * case.num_kv_heads for kind, tokens in rows.items()}
+    raw = count["raw"] * 2 * 64
+    assert case.kv_bytes("rot8") == 2 * (count["row"] * 66 + raw)
+    assert case.kv_bytes("int4") == 2 * (count["row"] * 40 + raw)
+    assert case.kv_bytes("chan4/rot4") == count["channel"] * 40 + count["row"] * 34 + 2 * raw
+    every = case.touched_tokens * case.num_kv_heads * 2 * 64
+    assert case.kv_bytes("bf16/rot2") == every + count["row"] * 18 + raw
+
+
+@pytest.mark.parametrize("case", [*QUANTIZED[::2], SMALL[0]], ids=lambda case: case.name)
+@pytest.mark.parametrize("kv_format", ["fp32", "rot8"])
+def test_the_floor_reads_what_the_case_counts(case, kv_format, roof, monkeypatch):
+    workload = Workload(case, kv_format, Data.random(case), 1)
+    layers = 2
+    spec = case.spec(kv_format, layers)
+    cache = kvcore.KVCache(spec, num_blocks=sum(-(-n // case.block_size) for n in case.seq_lens))
+    task = ReadTask(roof, workload, cache, Cursor(layers))
+    read = []
+    monkeypatch.setattr(roof, "read", read.append)
+    for _ in range(layers):
+        task.prepare()
+        task.run()
+    assert [sum(array.nbytes for array in arrays) for arrays in read] == (
+        [case.kv_bytes(kv_format)] * layers
+    )
+    starts = [arrays[0].ctypes.data for arrays in read]
+    assert starts == [cache.blocks(layer)[0].ctypes.data for layer in range(layers)]
+
+
+def test_formats_of_a_command_line():
+    assert formats.parse("rot8,chan4/rot4,") == ["rot8", "chan4/rot4"]
+    assert formats.parse("float16,fp8/float8_e4m3fn,bf16/bf16") == ["fp16", "fp8_e4m3", "bf16"]
+    assert formats.parse("rot8/") == ["rot8"]
+    for wrong, said in (("rot9", "rot9"), ("chan4", "chan4/rot4")):
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            formats.parse(wrong)
+    bits = {"int8_static": 8, "chan4/rot4": 4, "rot8/rot4": None, "bf16": None}
+    assert {name: formats.quantized_bits(name) for name in bits} == bits
+    assert set(formats.DEFAULT_FORMATS) == set(KINDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,8 +260,8 @@ def test_shared_tokens_are_stored_and_counted_once(roof, settings):
 
 def test_the_best_peer_is_the_fastest_one():
     def row(peer, times_kvcore, share, **changes):
-        row = Row("c", "decode", "fp16", peer, 1, 1, 1, 1, None, 1, "slow", share, times_kvcore,
-                  None, 9, 0, False, 2)  # fmt: skip
+        row = Row("c", "decode", "fp16", peer, 1, 1, 1, 1, None, None, 1, "slow", share,
+                  times_kvcore, None, 9, 0, False, 2)  # fmt: skip
         return replace(row, **changes)
 
     rows = [row("kvcore", 1, 0.8), row("kvcore-private", 0.5, 0.9), row("a", 3.0, 0.2)]
@@ -172,6 +269,11 @@ def test_the_best_peer_is_the_fastest_one():
     (line,) = report.best_peer_lines(rows)[2:]
     assert line.split() == ["c", "fp16", "slow", "80.0%", "b", "30.0%", "2.50", "contended"]
     assert report.best_peer_lines([rows[0], rows[-1]]) == []
+    bf16 = row("kvcore-bf16", 1.5, 0.4)
+    (line,) = report.best_peer_lines([*rows, bf16])[2:]
+    assert line.split()[-3:] == ["2.50", "1.50", "contended"]
+    (line,) = report.best_peer_lines([rows[0], bf16])[2:]
+    assert line.split() == ["c", "fp16", "slow", "80.0%", "1.50"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be pinned here")
@@ -284,21 +386,22 @@ def test_the_probe_reads_and_computes(roof):
 def test_command_writes_what_it_measured(tmp_path):
     path = tmp_path / "result.json"
     command = [sys.executable, "-m", "bench", "--quick", "--peers", "numpy", "--json", str(path)]
-    command += ["--cases", "decode-smollm2,append-1", "--formats", "fp16"]
+    command += ["--cases", "decode-smollm2,append-1", "--formats", "fp16,chan4/rot4"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert result.returncode == 0, result.stderr
     content = json.loads(path.read_text())
     assert [(row["case"], row["peer"]) for row in content["rows"]] == [
-        (case, peer)
-        for case in ("decode-smollm2", "append-1")
-        for peer in ("kvcore", "numpy", "roof")
+        *[("decode-smollm2", peer) for peer in ("kvcore", "numpy", "roof")],
+        *[("decode-smollm2", peer) for peer in ("kvcore", "kvcore-bf16", "roof")],
+        *[("append-1", peer) for peer in ("kvcore", "numpy", "roof")],
+        *[("append-1", peer) for peer in ("kvcore", "roof")],
     ]
     assert content["hardware"]["isa"] == kvcore.get_isa()
     assert content["hardware"]["versions"]["kvcore"] == kvcore.__version__
     assert all(x["read_gbs"] > 0 and x["fma_gflops"] > 0 for x in content["limits"])
     assert len(content["control"]) == 14
     assert all(min(cost["python_us"], cost["c_us"]) > 0 for cost in content["control"])
-    for name in ("decode-smollm2, fp16", "append-1, fp16", "256 sequences of 131072"):
+    for name in ("decode-smollm2, chan4/rot4", "append-1, fp16", "256 sequences of 131072"):
         assert name in result.stdout
 
 

@@ -7,29 +7,39 @@ from dataclasses import replace
 import numpy as np
 
 from bench.cases import Case
+from bench.formats import is_quantized
 from bench.machine import Waits
 from bench.measure import Cursor, Task, Timing
 from bench.peers import Workload
 from bench.roof import Roof
 from kvcore import KVCache, Sequence, set_num_threads
+from kvcore.spec import RAW_BLOCK_SIZE
+
+#: New tokens of a step while a cache is filled: raw rows take blocks for all of them.
+FILL_TOKENS = 2048
 
 
 def prepare(workload: Workload, roof: Roof) -> dict[str, Task]:
-    """The tasks "kvcore" and "roof", and "kvcore-private" for a case that shares tokens."""
+    """The tasks "kvcore" and "roof".
+
+    Also "kvcore-private" for a case that shares tokens, and "kvcore-bf16" beside quantized formats.
+    """
     set_num_threads(workload.num_threads, oversubscribe=True)
     case, cache = workload.case, _new_cache(workload)
     cursor = Cursor(workload.num_layers)
     if case.kind == "append":
-        return {"kvcore": AppendTask(workload, cache), "roof": ReadTask(roof, case, cache, cursor)}
+        return {
+            "kvcore": AppendTask(workload, cache),
+            "roof": ReadTask(roof, workload, cache, cursor),
+        }
     tasks: dict[str, Task] = {"kvcore": AttendTask(workload, cache, cursor)}
     if case.shared:
-        private = replace(workload, case=replace(case, shared=0))
-        tasks["kvcore-private"] = AttendTask(
-            private, _new_cache(private), Cursor(private.num_layers)
-        )
+        tasks["kvcore-private"] = _other(replace(workload, case=replace(case, shared=0)))
+    if is_quantized(workload.kv_format):
+        tasks["kvcore-bf16"] = _other(replace(workload, kv_format="bf16"))
     if case.kind == "prefill":
         return tasks | {"roof": ComputeTask(roof, case)}
-    return tasks | {"roof": ReadTask(roof, case, cache, cursor)}
+    return tasks | {"roof": ReadTask(roof, workload, cache, cursor)}
 
 
 class AttendTask(Task):
@@ -94,11 +104,16 @@ class ReadTask(Task):
     The same memory, because which pages a buffer got can decide how fast it is read.
     """
 
-    def __init__(self, roof: Roof, case: Case, cache: KVCache, cursor: Cursor) -> None:
+    def __init__(self, roof: Roof, workload: Workload, cache: KVCache, cursor: Cursor) -> None:
         self._roof, self._cursor = roof, cursor
-        pairs = [cache.blocks(layer) for layer in range(cache.spec.num_layers)]
-        elements = case.touched_tokens * case.num_kv_heads * case.head_dim
-        self._layers = [[array.reshape(-1)[:elements] for array in pair] for pair in pairs]
+        case, kv_format = workload.case, workload.kv_format
+        self._layers = []
+        for layer in range(cache.spec.num_layers):
+            sides = zip(cache.blocks(layer), case.stored_bytes(kv_format), strict=True)
+            arrays = [array.reshape(-1).view(np.uint8)[:nbytes] for array, nbytes in sides]
+            # The cache does not show where its raw rows lie: other memory stands for them.
+            arrays.append(np.ones(case.raw_bytes(kv_format), np.uint8))
+            self._layers.append(arrays)
         self._arrays = self._layers[0]
 
     def prepare(self) -> None:
@@ -124,12 +139,21 @@ class ComputeTask(Task):
         return self._roof.compute(self._flops)
 
 
+def _other(workload: Workload) -> AttendTask:
+    """A task with a cache of its own."""
+    return AttendTask(workload, _new_cache(workload), Cursor(workload.num_layers))
+
+
 def _new_cache(workload: Workload) -> KVCache:
     case = workload.case
     shared_blocks = case.shared // case.block_size
     num_blocks = sum(-(-n // case.block_size) - shared_blocks for n in case.seq_lens)
     num_blocks += -(-case.shared // case.block_size)  # a partial block is copied for each fork
-    cache = KVCache(case.spec(workload.kv_format, workload.num_layers), num_blocks=num_blocks)
+    spec = case.spec(workload.kv_format, workload.num_layers, workload.data)
+    num_raw_blocks = None
+    if spec.raw_groups:  # for every token: those of a step, and while blocks are shuffled
+        num_raw_blocks = num_blocks * max(1, case.block_size // RAW_BLOCK_SIZE)
+    cache = KVCache(spec, num_blocks=num_blocks, num_raw_blocks=num_raw_blocks)
     _scatter(cache)
     return cache
 
@@ -137,13 +161,11 @@ def _new_cache(workload: Workload) -> KVCache:
 def _scatter(cache: KVCache) -> None:
     """Shuffles the free blocks, as they are in a cache that has been in use for a while."""
     sequences = [cache.sequence() for _ in range(cache.num_blocks[0])]
-    with cache.step([(sequence, 1) for sequence in sequences]) as step:
-        layer = cache.spec.layers[0]
-        zeros = np.zeros((step.num_tokens, layer.num_kv_heads, layer.head_dim), np.float32)
-        for number in range(cache.spec.num_layers):
-            step.append(number, zeros, zeros)
-    for place in np.random.default_rng(1).permutation(len(sequences)):
-        sequences[place].free()
+    steps = [cache.step([(sequence, 1)]) for sequence in sequences]
+    for place in np.random.default_rng(1).permutation(len(steps)):
+        steps[place].rollback()
+    for sequence in sequences:
+        sequence.free()
 
 
 def _fill(cache: KVCache, workload: Workload) -> list[Sequence]:
@@ -160,7 +182,8 @@ def _fill(cache: KVCache, workload: Workload) -> list[Sequence]:
 
 
 def _extend(cache: KVCache, sequence: Sequence, k: np.ndarray, v: np.ndarray) -> None:
-    if len(k):
-        with cache.step([(sequence, len(k))]) as step:
+    for start in range(0, len(k), FILL_TOKENS):
+        part = slice(start, min(start + FILL_TOKENS, len(k)))
+        with cache.step([(sequence, part.stop - start)]) as step:
             for layer in range(cache.spec.num_layers):
-                step.append(layer, k, v)
+                step.append(layer, k[part], v[part])

@@ -6,6 +6,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bench.cases import Case
+from bench.formats import FLOATS
 from bench.measure import Cursor, Task
 from bench.peers import Peer, Workload
 from kvcore import arrays
@@ -14,7 +15,9 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def prepare(workload: Workload) -> dict[str, Task]:
-    """The task "numpy". K and V are kept in the format and converted when used."""
+    """The task "numpy". K and V are kept in a format of floats and converted when used."""
+    if workload.kv_format not in FLOATS:
+        return {}
     threadpool_limits(workload.num_threads, user_api="blas")
     kind = AppendTask if workload.case.kind == "append" else AttendTask
     return {"numpy": kind(workload)}

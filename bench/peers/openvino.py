@@ -5,6 +5,7 @@ The operator also appends the step's own K and V. Blocks lie in shuffled order, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,19 @@ from openvino import opset13, properties
 from openvino.op import _PagedAttentionExtension as PagedAttention
 
 from bench.cases import Case
+from bench.formats import quantized_bits
 from bench.measure import Cursor, Task
 from bench.peers import Peer, PeerAbsent, Workload
 
 BLOCK_SIZE = 32
 PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+QUANTIZED = {8: "u8", 4: "u4"}  # of so many bits, keys by channel and values by token
 CACHES = ("key_cache.0", "value_cache.0")
 
 
 def prepare(workload: Workload) -> dict[str, Task]:
-    """The task "openvino"."""
-    if workload.case.kind == "append":
+    """The task "openvino". Quantized formats stand for how many bits they have."""
+    if workload.case.kind == "append" or _precision(workload) is None:
         return {}
     return {"openvino": AttendTask(workload)}
 
@@ -126,7 +129,14 @@ def _cache(port: Any, num_blocks: int) -> Any:
     """A tensor for the blocks, over NumPy's memory, because it gets large pages."""
     kind, shape = port.get_element_type(), port.get_partial_shape()
     sizes = [num_blocks, *(shape[axis].get_length() for axis in range(1, len(shape)))]
-    return openvino.Tensor(np.zeros(sizes, kind.to_dtype()), sizes, kind)
+    nbytes = math.prod(sizes) * kind.bitwidth // 8
+    return openvino.Tensor(np.zeros(nbytes, np.uint8).view(kind.to_dtype()), sizes, kind)
+
+
+def _precision(workload: Workload) -> str | None:
+    """What it calls the format, or one of as many bits."""
+    bits = quantized_bits(workload.kv_format)
+    return QUANTIZED.get(bits) if bits else PRECISIONS.get(workload.kv_format)
 
 
 def _compile(workload: Workload) -> Any:
@@ -139,7 +149,7 @@ def _compile(workload: Workload) -> Any:
         _model(workload.case),
         "CPU",
         {
-            "KV_CACHE_PRECISION": PRECISIONS[workload.kv_format],
+            "KV_CACHE_PRECISION": _precision(workload),
             "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32",
             "INFERENCE_NUM_THREADS": workload.num_threads,
             "PERFORMANCE_HINT": "LATENCY",
@@ -147,7 +157,7 @@ def _compile(workload: Workload) -> Any:
         },
     )
     kind = compiled.input(CACHES[0]).get_element_type()
-    if kind.get_type_name() != PRECISIONS[workload.kv_format]:
+    if kind.get_type_name() != _precision(workload):
         raise PeerAbsent(f"it keeps the cache as {kind.get_type_name()} on this CPU")
     return compiled
 

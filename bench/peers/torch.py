@@ -19,6 +19,8 @@ from bench.peers.torch_caches import DTYPES, AttendTask, caches
 def prepare(workload: Workload) -> dict[str, Task]:
     """The tasks "torch" and "torch-gqa", over the same caches."""
     case = workload.case
+    if workload.kv_format not in DTYPES:
+        return {}
     if case.kind == "append":
         return {"torch": AppendTask(workload)}
     grouped = case.num_heads > case.num_kv_heads

@@ -18,7 +18,7 @@ from bench.cases import Case
 from bench.machine import out_dir
 from bench.measure import Task
 from bench.peers import Peer, PeerAbsent, Workload
-from bench.peers.torch_caches import AttendTask, caches, padded_caches
+from bench.peers.torch_caches import DTYPES, AttendTask, caches, padded_caches
 
 # What was compiled for one instruction set gives wrong answers under another, and the compiler's
 # own cache does not tell them apart.
@@ -29,7 +29,7 @@ os.environ.setdefault(
 
 def prepare(workload: Workload) -> dict[str, Task]:
     """The task "torch-flex"."""
-    if workload.case.kind == "append":
+    if workload.case.kind == "append" or workload.kv_format not in DTYPES:
         return {}
     _need_compiler()
     return {"torch-flex": FlexTask(workload)}

@@ -8,12 +8,13 @@ import torch
 
 from bench.measure import Task
 from bench.peers import Peer, Workload
-from bench.peers.torch_caches import AttendTask, caches
+from bench.peers.torch_caches import DTYPES, AttendTask, caches
 
 
 def prepare(workload: Workload) -> dict[str, Task]:
     """The task "torch-matmul". A prefill would write and mask all of its scores."""
-    return {"torch-matmul": MatmulTask(workload)} if workload.case.kind == "decode" else {}
+    offered = workload.case.kind == "decode" and workload.kv_format in DTYPES
+    return {"torch-matmul": MatmulTask(workload)} if offered else {}
 
 
 PEER = Peer(prepare)
