@@ -9,7 +9,7 @@ import pytest
 
 import kvcore
 from kvcore import InvalidArgument
-from kvcore.evaluation import Case, Text, evaluate, packaged_texts
+from kvcore.evaluation import Case, Text, calibrate, evaluate, packaged_texts, parse_cases
 
 LENGTH = 150
 TEXTS = packaged_texts()[:2]
@@ -110,3 +110,46 @@ def test_bad_arguments(model, changes, message):
     options = {"texts": TEXTS, "length": 100, "recall_length": 20, **changes}
     with pytest.raises(InvalidArgument, match=message):
         evaluate(model, [BF16], **options)
+
+
+@pytest.fixture(scope="module")
+def quantized(model):
+    """Results by case of a text in steps of 64 tokens."""
+    pairs = ("rot8+bias/rot8", "chan4/rot4", "int8_static/int8", "rot4/rot4")
+    cases = parse_cases(",".join(pairs))
+    found = evaluate(
+        model, cases, TEXTS, length=LENGTH, chunk=64, recall_length=40,
+        calibration=calibrate(model),
+    )  # fmt: skip
+    return {(result.case.name, result.case.has_raw_rows): result for result in found.results}
+
+
+def test_fewer_bits_cost_more(quantized):
+    names = ("rot8+bias/rot8", "rot4/rot4")
+    for has_raw in (False, True):
+        wide, narrow = (quantized[name, has_raw] for name in names)
+        assert 0 < 10 * wide.kl < narrow.kl
+        assert wide.error_mean < narrow.error_mean
+        assert (wide.sizes.bits_per_element, narrow.sizes.bits_per_element) == (8.25, 4.25)
+        assert wide.recall.extra < 0.1
+
+
+def test_raw_rows_help_and_cost(quantized):
+    for name in {name for name, _ in quantized}:
+        without, with_raw = quantized[name, False], quantized[name, True]
+        assert with_raw.kl < without.kl
+        assert np.mean(with_raw.error_mean) < np.mean(without.error_mean)
+        assert with_raw.sizes.bits_per_element == without.sizes.bits_per_element
+        assert with_raw.sizes.bits_at_length > without.sizes.bits_at_length
+        assert with_raw.sizes.bits_at_32k < without.sizes.bits_at_32k + 0.1
+
+
+@pytest.mark.parametrize("chunk", [40, LENGTH])
+def test_steps_do_not_matter(model, quantized, chunk):
+    cases = parse_cases("chan4/rot4,rot4/rot4")
+    found = evaluate(model, cases, TEXTS, length=LENGTH, chunk=chunk, recall_length=40)
+    for result in found.results:
+        other = quantized[result.case.name, result.case.has_raw_rows]
+        assert result.kl == pytest.approx(other.kl, rel=1e-3)
+        np.testing.assert_allclose(result.error_mean, other.error_mean, rtol=1e-3)
+        assert result.recall.nll == pytest.approx(other.recall.nll, rel=1e-4)
