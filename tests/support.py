@@ -135,7 +135,8 @@ def snapshot(cache, sequences):
 def assert_balanced(cache):
     """in use + cached + free = total in every group, and the books recounted."""
     cache.check()
-    for total, group in zip(cache.num_blocks, cache.stats().groups, strict=True):
+    counts = (*cache.num_blocks, *cache.num_raw_blocks)
+    for total, group in zip(counts, cache.stats().groups, strict=True):
         assert group.in_use + group.cached + group.free == group.total == total
         assert min(group.in_use, group.cached, group.free) >= 0
 
