@@ -114,8 +114,7 @@ class CCache:
         )
         layers = (LayerConfig * spec.num_layers)(*((x.group, x.kv_source) for x in spec.layers))
         config = CacheConfig(ctypes.sizeof(CacheConfig), len(groups), groups, len(layers), layers)
-        self.num_groups, self.spec = len(groups), spec
-        self.num_pools = len(groups) + len(raw)
+        self.num_pools, self.spec = len(groups) + len(raw), spec
         self.cache = c_void_p()
         self.call("cache_create", ctypes.byref(config), ctypes.byref(self.cache))
 
@@ -185,9 +184,9 @@ class CCache:
             raise
         return step
 
-    def plan(self, step, group):
+    def plan(self, step, pool):
         plan = Plan()
-        self.call("step_get_plan", step, c_int32(group), ctypes.byref(plan))
+        self.call("step_get_plan", step, c_int32(pool), ctypes.byref(plan))
         return plan
 
     def block_tables(self, plan):
@@ -209,7 +208,7 @@ class CCache:
     def drop_prefixes(self):
         self.call("cache_drop_prefixes", self.cache)
 
-    def group_stats(self, group):
+    def group_stats(self, pool):
         stats = GroupStats(struct_size=ctypes.sizeof(GroupStats))
-        self.call("cache_get_group_stats", self.cache, c_int32(group), ctypes.byref(stats))
+        self.call("cache_get_group_stats", self.cache, c_int32(pool), ctypes.byref(stats))
         return stats

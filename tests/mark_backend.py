@@ -7,9 +7,18 @@ encoded together. So a row that is lost, stale, foreign, encoded twice or decode
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 
+import kvcore
 from kvcore.spec import RAW_BLOCK_SIZE
+
+
+def marked(spec, num_blocks=None, num_raw_blocks=None, **options):
+    """A cache whose rows are entries."""
+    with mock.patch("kvcore.cache.get_backend", lambda name: MarkBackend()):
+        return kvcore.KVCache(spec, num_blocks, num_raw_blocks, **options)
 
 
 class Marks:

@@ -42,6 +42,24 @@ TRACED = {
         ),
         (24, 16),
     ),
+    "raw rows of one group": (
+        kvcore.CacheSpec(1, 1, 64, k_format="chan4", v_format="rot4"),
+        (16,),
+        (20,),
+    ),
+    "raw rows beside and in windows": (
+        kvcore.CacheSpec(
+            3,
+            1,
+            64,
+            groups=[kvcore.GroupSpec(16), kvcore.GroupSpec(32, 70, 9), kvcore.GroupSpec(16, 20)],
+            layer_groups=[0, 1, 2],
+            layer_formats={0: ("rot4", "int8"), 1: ("chan2", "bf16")},
+            raw_first=0,
+        ),
+        (40, 20, 24),
+        (24, 24),
+    ),
 }
 
 
@@ -74,8 +92,8 @@ class TestDeterminism:
 
     @pytest.mark.parametrize("name", TRACED)
     def test_a_c_program_runs_a_long_trace(self, name):
-        spec, num_blocks = TRACED[name]
-        player = CPlayer(spec, num_blocks)
+        spec = TRACED[name][0]
+        player = CPlayer(*TRACED[name])
         answers = player.play(make_trace(99, 20_000))
         assert all(balance[0] == 0 for balance in player.balance())
         kinds = {operation for operation, _ in answers}
@@ -85,13 +103,17 @@ class TestDeterminism:
         shortages = [answer for answer in begun if isinstance(answer[0], int)]
         assert 0.05 < len(shortages) / len(begun) < 0.8
         assert any(a for operation, a in answers if operation == "create_cached")
-        allocations, evictions, copies, released = np.sum(player.balance(), axis=0)[3:]
+        allocations, evictions, copies, released, reencoded = np.sum(player.balance(), axis=0)[3:]
         assert allocations > evictions > 100 and copies > 100
-        windows = any(group.retention for group in spec.groups)
+        windows = any(pool.retention for pool in spec.pools)
         assert released > 1000 if windows else released == 0
+        assert reencoded > 100 if spec.raw_groups else reencoded == 0
         refusals = [a for operation, a in answers if operation in ("fork", "truncate") and a[0]]
-        assert len(refusals) > 100 if windows else not refusals
+        assert len(refusals) > 20 if windows else not refusals
         player.cache.close()
+
+
+TRIPLES = ("copies", "new_blocks", "restores")
 
 
 def unpack(plan, groups):
@@ -100,7 +122,7 @@ def unpack(plan, groups):
     parts = [rest[: count + 1], rest[count + 1 : 2 * count + 1]]
     rest = rest[2 * count + 1 :]
     for group in groups:
-        sizes = [plan.num_tokens, group.copies.size, group.new_blocks.size]
+        sizes = [plan.num_tokens, *(getattr(group, name).size for name in TRIPLES)]
         edges = np.cumsum(sizes)
         parts.append(np.split(rest[: edges[-1]], edges[:-1]))
         rest = rest[edges[-1] :]
@@ -193,10 +215,10 @@ class TestContents:
             parts = unpack(plans[0], plans)
             assert parts[0].tolist() == [0, 7, 57, 59]
             assert parts[1].tolist() == [7, 71, 72]
-            for plan, (slots, copies, new_blocks) in zip(plans, parts[2:], strict=True):
+            for plan, (slots, *triples) in zip(plans, parts[2:], strict=True):
                 assert slots.tolist() == plan.slots.tolist()
-                assert copies.tolist() == plan.copies.ravel().tolist()
-                assert new_blocks.tolist() == plan.new_blocks.ravel().tolist()
+                for name, part in zip(TRIPLES, triples, strict=True):
+                    assert part.tolist() == getattr(plan, name).ravel().tolist()
                 assert plan.buffer.tobytes() == plans[0].buffer.tobytes()
             assert [plan.block_size for plan in plans] == [16, 64, 32]
             append_all(step, rng)

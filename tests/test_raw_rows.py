@@ -6,7 +6,6 @@ import collections
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,18 +24,12 @@ from hypothesis.stateful import (
 import kvcore
 from c_api import CCache, StatusError
 from kvcore import CacheSpec, GroupSpec
-from mark_backend import MarkBackend
+from mark_backend import marked
 from support import assert_balanced
 
 RAW = 32  # tokens of a block of raw rows
 DOCUMENTS = [[(5 * d + i * i) % 19 for i in range(260)] for d in range(2)]
 DOCUMENTS.append([*DOCUMENTS[0][:96], *DOCUMENTS[1][96:]])
-
-
-def marked(spec, num_blocks, num_raw_blocks=None):
-    """A cache whose rows are entries, see mark_backend."""
-    with mock.patch("kvcore.cache.get_backend", lambda name: MarkBackend()):
-        return kvcore.KVCache(spec, num_blocks, num_raw_blocks)
 
 
 def one_group(num_blocks=32, num_raw_blocks=None, *, slack=0, block_size=64, **options):
@@ -254,16 +247,20 @@ class TestPrefixes:
         # Nor is there a shorter one than its raw rows allow.
         assert len(cache.sequence(tokens[:130])) == 0
 
-    def test_none_without_the_first_rows(self):
+    @pytest.mark.parametrize(("evicted", "found"), [(4, 128), (5, 0)])
+    def test_none_without_the_first_rows(self, evicted, found):
         cache = one_group(num_blocks=12, num_raw_blocks=8)
-        tokens = DOCUMENTS[0]
-        a = cache.sequence(tokens)
-        grow(cache, [(a, tokens[:200])])
+        text, other = DOCUMENTS[0][:128], [*DOCUMENTS[0][:64], *DOCUMENTS[1][:64]]
+        a, b = cache.sequence(), cache.sequence()
+        grow(cache, [(a, text), (b, other)])
+        # The first 64 tokens are listed with a's blocks, which are cached before b's last one.
         a.free()
-        b = cache.sequence()
-        grow(cache, [(b, 8 * 32)])
-        assert cache.stats().groups[0].cached == 3
-        assert len(cache.sequence(tokens)) == 0
+        b.free()
+        assert cache.stats().groups[1].cached == 6
+        c = cache.sequence()
+        grow(cache, [(c, (2 + evicted) * 32)])
+        assert cache.stats().groups[1].evictions == evicted
+        assert len(cache.sequence([*other, 0])) == found
         assert_balanced(cache)
 
     def test_a_fork_inside_a_span_is_published(self):
@@ -665,7 +662,9 @@ class RawRows(RuleBasedStateMachine):
         lower = 0 if group.retention is None else max(0, start - group.retention + 1)
         raw_from = reads_raw_from(self.spec, start)
         if start == stop and self.model.seals[g]:
-            raw_from = min(raw_from, start // RAW * RAW)  # not sealed before the next token is there
+            raw_from = min(
+                raw_from, start // RAW * RAW
+            )  # not sealed before the next token is there
         encoded = storage.rows(g, tables[0], 0, stop)
         raw = storage.rows(raw_pool, tables[1], 0, stop)
         for j in range(lower, stop):

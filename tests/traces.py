@@ -13,7 +13,7 @@ import numpy as np
 
 import kvcore
 from c_api import CCache, Shortage, StatusError
-from support import append_all
+from mark_backend import marked
 
 
 def make_trace(seed, length):
@@ -45,7 +45,7 @@ def make_trace(seed, length):
             trace.append(("fork", rng.choice(idle), f"s{n}", rng.random()))
             idle.append(f"s{n}")
         elif operation == "truncate" and idle:
-            trace.append(("truncate", rng.choice(idle), rng.random()))
+            trace.append(("truncate", rng.choice(idle), rng.random(), rng.random() < 0.2))
         elif operation == "free" and idle:
             trace.append(("free", idle.pop(rng.randrange(len(idle)))))
         elif operation == "begin" and idle:
@@ -67,6 +67,11 @@ def make_trace(seed, length):
 
 def as_new(new):
     return new if isinstance(new, int) else np.array(new, np.int32)
+
+
+def counts_of(stats):
+    names = ("in_use", "cached", "free", "allocations", "evictions", "copies", "released")
+    return tuple(getattr(stats, name) for name in (*names, "reencoded_rows"))
 
 
 def is_released(error):
@@ -101,9 +106,9 @@ class Player:
             self.sequences[name] = self._fork(self.sequences[source], self.length(source))
         return released, self.length(name), self.balance()
 
-    def truncate(self, name, share):
+    def truncate(self, name, share, exact):
         try:
-            self._truncate(self.sequences[name], int(share * (self.length(name) + 1)))
+            self._truncate(self.sequences[name], int(share * (self.length(name) + 1)), exact)
         except self.refusal as error:
             return is_released(error), self.length(name)
         return False, self.length(name), self.balance()
@@ -129,10 +134,9 @@ class Player:
 class PythonPlayer(Player):
     refusal = kvcore.TokensReleased
 
-    def __init__(self, spec, num_blocks):
+    def __init__(self, spec, num_blocks, num_raw_blocks=None):
         super().__init__()
-        self.cache = kvcore.KVCache(spec, num_blocks=num_blocks)
-        self.rng = np.random.default_rng(0)
+        self.cache = marked(spec, num_blocks, num_raw_blocks)
 
     def check(self):
         self.cache.check()
@@ -151,8 +155,8 @@ class PythonPlayer(Player):
     def _fork(self, source, length):
         return source.fork(length)
 
-    def _truncate(self, sequence, length):
-        sequence.truncate(length)
+    def _truncate(self, sequence, length, exact):
+        sequence.truncate(length, exact=exact)
 
     def free(self, name):
         self.sequences.pop(name).free()
@@ -163,12 +167,14 @@ class PythonPlayer(Player):
             step = self.cache.step(entries)
         except kvcore.OutOfBlocks as error:
             return None, (error.group, error.needed, error.available)
-        plans = [step.plan(group) for group in range(len(self.cache.spec.groups))]
+        plans = [step.plan(pool) for pool in range(len(self.cache.spec.pools))]
         tables = [plan.block_tables for plan in plans]
         return step, (plans[0].buffer.tobytes(), [(t.shape, t.tobytes()) for t in tables])
 
     def _commit(self, step):
-        append_all(step, self.rng)
+        for layer, spec in enumerate(self.cache.spec.layers):
+            if spec.kv_source == layer:
+                step.append(layer, range(step.num_tokens), None)
         step.commit()
 
     def _rollback(self, step):
@@ -179,18 +185,17 @@ class PythonPlayer(Player):
         return self.balance()
 
     def balance(self):
-        return [
-            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies, g.released)
-            for g in self.cache.stats().groups
-        ]
+        return [counts_of(group) for group in self.cache.stats().groups]
 
 
 class CPlayer(Player):
     refusal = StatusError
 
-    def __init__(self, spec, num_blocks):
+    def __init__(self, spec, num_blocks, num_raw_blocks=()):
         super().__init__()
-        self.cache = CCache(spec, num_blocks)
+        counts = zip(spec.raw_groups, num_raw_blocks, strict=True)
+        raw = {g: (count, spec.raw_first, spec.raw_last) for g, count in counts}
+        self.cache = CCache(spec, num_blocks, raw)
         self.check = self.cache.check
         self._create = self.cache.create
         self._fork = self.cache.fork
@@ -212,7 +217,7 @@ class CPlayer(Player):
         step = self.cache.begin(entries)
         if isinstance(step, Shortage):
             return None, (step.group, step.needed, step.available)
-        plans = [self.cache.plan(step, group) for group in range(self.cache.num_groups)]
+        plans = [self.cache.plan(step, pool) for pool in range(self.cache.num_pools)]
         buffer = np.ctypeslib.as_array(plans[0].buffer, (plans[0].buffer_size,))
         tables = [self.cache.block_tables(plan) for plan in plans]
         return step, (buffer.tobytes(), [(t.shape, t.tobytes()) for t in tables])
@@ -228,8 +233,4 @@ class CPlayer(Player):
         return self.balance()
 
     def balance(self):
-        stats = [self.cache.group_stats(group) for group in range(self.cache.num_groups)]
-        return [
-            (g.in_use, g.cached, g.free, g.allocations, g.evictions, g.copies, g.released)
-            for g in stats
-        ]
+        return [counts_of(self.cache.group_stats(p)) for p in range(self.cache.num_pools)]
