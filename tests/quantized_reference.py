@@ -82,7 +82,9 @@ class Side:
         """All rows up to `length` as the query stored at `position` reads them."""
         rows = self.encoded[:length].copy()
         if self.keeps_raw:
-            raw = np.arange(length)
-            raw = raw[(raw < self.raw_first) | (raw >= self.raw_start(position))]
+            raw, start = np.arange(length), self.raw_start(position)
+            if self.format.kind == "channel" and start > length:
+                start = length // GROUP * GROUP  # sealed with the next token
+            raw = raw[(raw < self.raw_first) | (raw >= start)]
             rows[raw] = self.raw[raw]
         return rows

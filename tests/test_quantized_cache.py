@@ -157,6 +157,14 @@ FORMAT_PAIRS = st.one_of(
 )
 
 
+@pytest.mark.parametrize("length", [31, 95, 96])
+def test_reading_before_a_group_is_sealed(length):
+    """With raw_last=0 the token that completes a group reads it encoded; until then it is raw."""
+    held = Held(make(np.random.default_rng(3), "chan4", "rot4", 0, 0))
+    held.append(np.random.default_rng(4), length)
+    held.check_read()
+
+
 @settings(max_examples=40)
 @given(
     data=st.data(), pair=FORMAT_PAIRS, seed=seeds, raw=st.sampled_from([(4, 32), (0, 0), (1, 64)])

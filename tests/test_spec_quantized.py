@@ -225,6 +225,34 @@ class TestSizes:
         assert peak <= spec.raw_blocks_for(len(a), max(counts))
 
 
+@pytest.mark.parametrize("raw", [(4, 32), (0, 0), (0, 96)])
+@pytest.mark.parametrize("v_format", ["rot4", "bf16", "int8_static"])
+@pytest.mark.parametrize("k_format", KEYS)
+def test_what_is_predicted_is_allocated(k_format, v_format, raw):
+    scales = {name: np.ones((3, 2, 64)) for name in SCALES}
+    spec = CacheSpec(
+        3,
+        2,
+        64,
+        groups=[GroupSpec(64), GroupSpec(32, 100)],
+        layer_groups=[0, 1, 0],
+        k_format=k_format,
+        v_format=v_format,
+        layer_formats={0: ("bf16", "fp32")},
+        raw_first=raw[0],
+        raw_last=raw[1],
+        **scales,
+    )
+    cache = kvcore.KVCache(spec, [7, 5])
+    assert cache.stats().bytes == spec.nbytes([7, 5])
+    if spec.raw_groups:
+        cache = kvcore.KVCache(spec, 6, 9)
+        assert cache.stats().bytes == spec.nbytes(6, 9)
+    cache = kvcore.KVCache(spec, memory=700_000)
+    assert cache.stats().bytes == spec.nbytes(cache.num_blocks, cache.num_raw_blocks or None)
+    assert cache.stats().bytes <= 700_000
+
+
 class TestRawBlocks:
     def test_by_default(self):
         spec = spec_of("rot4", "rot4")

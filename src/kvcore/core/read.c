@@ -17,8 +17,12 @@ typedef struct read_task {
 
 static int is_raw(const read_task *task, int32_t j) {
     const kv_blocks *blocks = task->blocks;
-    return blocks->raw && task->sequence->raw_row &&
-           (j < blocks->raw_first || j >= kv_raw_start(blocks, task->sequence->length));
+    const int32_t length = task->sequence->length;
+    int32_t start = kv_raw_start(blocks, length);
+    if (kv_format_kind_of(blocks->format) == KV_KIND_CHANNEL && start > length) {
+        start = length / KV_GROUP_TOKENS * KV_GROUP_TOKENS; /* sealed with the next token */
+    }
+    return blocks->raw && task->sequence->raw_row && (j < blocks->raw_first || j >= start);
 }
 
 /* Raw rows that were lost are what restoring would make of them. */
