@@ -47,6 +47,8 @@ class Sequence:
     def fork(self, length: int | None = None) -> Sequence:
         """A sequence that shares the first `length` tokens (all when left out), copy on write.
 
+        Raw rows that it lacks at that length are restored as `truncate` says.
+
         Raises:
             SequenceBusy: an open step holds this sequence.
             SequenceFreed: it was freed.
