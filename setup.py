@@ -34,10 +34,12 @@ if os.environ.get("KVCORE_WERROR"):
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512_VNNI = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
 ISA_CFLAGS = {
     "isa_avx2": AVX2,
     "isa_avx512": AVX512,
-    "isa_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "isa_avx512_vnni": AVX512_VNNI,
+    "isa_avx512_bf16": [*AVX512_VNNI, "-mavx512bf16"],
 }
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 MACOS = sys.platform == "darwin"

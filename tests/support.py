@@ -12,7 +12,7 @@ import kvcore
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
-LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512_vnni": 16, "avx512_bf16": 16}
 FORMAT_DTYPES = {
     "fp32": DTYPES["float32"],
     "fp16": DTYPES["float16"],

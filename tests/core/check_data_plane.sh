@@ -42,11 +42,13 @@ compile() { # source flags...
 
 avx2="-mavx2 -mfma -mf16c"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+avx512_vnni="$avx512 -mavx512vnni -mavx512vbmi"
 for file in "$source"/core/*.c "$source"/core/kernels/*.c "$here/check_data_plane.c"; do
     case $machine-$(basename "$file") in
     x86_64-isa_avx2.c) compile "$file" -c $avx2 ;;
     x86_64-isa_avx512.c) compile "$file" -c $avx512 ;;
-    x86_64-isa_avx512_bf16.c) compile "$file" -c $avx512 -mavx512bf16 ;;
+    x86_64-isa_avx512_vnni.c) compile "$file" -c $avx512_vnni ;;
+    x86_64-isa_avx512_bf16.c) compile "$file" -c $avx512_vnni -mavx512bf16 ;;
     *) compile "$file" -c ;;
     esac
 done

@@ -7,7 +7,7 @@ import pytest
 
 from core.library import ISAS, NULL, OK, VALUE, lib, machine
 
-LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+LANES = {"scalar": 4, "neon": 4, "avx2": 8, "avx512": 16, "avx512_vnni": 16, "avx512_bf16": 16}
 
 
 def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

@@ -170,6 +170,7 @@ kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k, c
                            .o_width = (int32_t)round_up(v->head_dim, KV_ROW_ALIGN)};
     call.sight.quantized = k->raw ? k : v->raw ? v : NULL;
     call.decodes = !kv_format_is_float(k->format) || !kv_format_is_float(v->format);
+    call.undecoded = call.decodes && !known.exact;
     while ((1 << call.block_shift) < k->block_size)
         call.block_shift++;
     if (plan->num_tokens > 0) {

@@ -5,6 +5,7 @@
 enum { MAX_SEQUENCE_ROWS = 16 /* with more, arithmetic and not reading takes the time */ };
 
 _Static_assert((int)MAX_SEQUENCE_ROWS < (int)KV_DOT_TOKENS, "members of a share take no dots");
+_Static_assert((int)MAX_SEQUENCE_ROWS <= (int)KV_ENCODED_ROWS, "... and read encoded rows alike");
 
 /* Sorted as a whole: what counts above, the sequence below. */
 typedef struct candidate {

@@ -10,20 +10,22 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
     const int64_t q_width = call->q_width, o_width = call->o_width;
     const int64_t rows = (num_rows + KV_ROW_ALIGN - 1) & -KV_ROW_ALIGN; /* all stays aligned */
     const int64_t blocks = (num_rows + KV_BLOCK_ROWS - 1) / KV_BLOCK_ROWS;
-    const int many = num_rows >= KV_MANY_ROWS;
+    const int many = num_rows >= KV_MANY_ROWS, undecoded = call->undecoded;
     const int64_t sizes[] = {rows * q_width,
                              many ? blocks * KV_BLOCK_ROWS * q_width : rows * q_width,
-                             many ? KV_SPLIT * KV_BLOCK_ROWS : rows * KV_SPLIT,
-                             many || call->decodes ? KV_SPLIT * (q_width + o_width) : 0,
+                             many && !undecoded ? KV_SPLIT * KV_BLOCK_ROWS : rows * KV_SPLIT,
+                             (many || call->decodes ? KV_SPLIT * (q_width + o_width) : 0) +
+                                 (undecoded ? rows * KV_SPLIT : 0),
+                             undecoded ? rows * (q_width + KV_ROW_ALIGN) : 0,
                              rows * o_width,
                              rows,
                              rows,
                              rows * o_width,
                              rows,
                              rows};
-    float **const places[] = {&t->q,         &t->panels,   &t->scores,  &t->decoded,
-                              &t->state.o,   &t->state.m,  &t->state.l, &t->partial.o,
-                              &t->partial.m, &t->partial.l};
+    float **const places[] = {&t->q,       &t->panels,    &t->scores,    &t->decoded,
+                              &t->encoded, &t->state.o,   &t->state.m,   &t->state.l,
+                              &t->partial.o, &t->partial.m, &t->partial.l};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
         if (base)
@@ -63,6 +65,13 @@ static int32_t dots_of(const kv_attend_call *call, const kv_unit *unit) {
     return unit->share < 0 && starts[1] - starts[0] >= KV_DOT_TOKENS ? call->dots : 0;
 }
 
+/* Whether a unit reads encoded rows undecoded: for the same reason a matter of its sequence alone. */
+static int is_undecoded(const kv_attend_call *call, const kv_unit *unit) {
+    const int32_t *starts = call->plan->query_starts + unit->sequence;
+    const int64_t rows = (int64_t)(starts[1] - starts[0]) * call->group_size;
+    return call->undecoded && (unit->share >= 0 || rows <= KV_ENCODED_ROWS);
+}
+
 static void load_query(const kv_attend_call *call, const query_row *row, float scale, float *to) {
     const kv_rows *q = call->q;
     call->kernels->convert(kv_row(q, call->plan->query_starts, row->sequence, row->token) +
@@ -87,6 +96,12 @@ void kv_tile_load(const kv_attend_call *call, const kv_unit *unit, kv_tile *t) {
         if (call->options->alibi_slopes)
             t->slopes[r] = call->options->alibi_slopes[row.head];
         before = row;
+    }
+    if (is_undecoded(call, unit)) {
+        const kv_channels channels = kv_head_channels(call->k, unit->head);
+        call->kernels->pack_encoded(t->q, unit->num_rows, call->q_width, call->k->format, &channels,
+                                    t->panels, t->encoded);
+        return;
     }
     /* Quantized keys are decoded to float32. */
     call->kernels->pack_queries(
@@ -179,6 +194,7 @@ void kv_tile_run_split(const kv_attend_call *call, const kv_unit *unit, int32_t 
     const int moved = call->options->alibi_slopes &&
                       kv_key_places(&call->sight, unit->sequence, begin, t->places);
     const kv_split_task task = {.panels = t->panels,
+                                .encoded = is_undecoded(call, unit) ? t->encoded : NULL,
                                 .dots = dots_of(call, unit),
                                 .scale = call->options->scale,
                                 .num_rows = unit->num_rows,

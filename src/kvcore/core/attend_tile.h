@@ -18,13 +18,14 @@ typedef struct kv_attend_call {
     int32_t block_shift; /* log2 of block_size */
     int32_t dots;        /* of tasks with KV_DOT_TOKENS new tokens or more: kv_split_task */
     int decodes;         /* whether K or V is quantized */
+    int undecoded;       /* ... and few rows read it undecoded */
     float *states;       /* [state_rows] o, then m, then l: what shared prefixes come to */
     int64_t state_rows;
 } kv_attend_call;
 
 /* What a part works in: pointers into its scratch, and the tile at hand. */
 typedef struct kv_tile {
-    float *q, *panels, *scores, *decoded;
+    float *q, *panels, *encoded, *scores, *decoded;
     kv_partial state, partial;
     kv_view views[KV_TILE_ROWS];   /* what a row sees in all */
     int32_t visible[KV_TILE_ROWS]; /* the end of what it sees in the split at hand */

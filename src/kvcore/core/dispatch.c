@@ -10,7 +10,7 @@
 /* Best first, where the CPU is good at all. */
 static const kv_kernels *const compiled[] = {
 #if defined(__x86_64__)
-    &kv_kernels_avx512_bf16, &kv_kernels_avx512, &kv_kernels_avx2,
+    &kv_kernels_avx512_bf16, &kv_kernels_avx512_vnni, &kv_kernels_avx512, &kv_kernels_avx2,
 #endif
 #if defined(__aarch64__)
     &kv_kernels_neon,
@@ -23,7 +23,9 @@ enum { NUM_COMPILED = sizeof(compiled) / sizeof(compiled[0]) };
 static const struct {
     const char *isa, *feature;
 } needs[] = {
-    {"avx512_bf16", "avx512_bf16"}, /* and all of avx512 */
+    {"avx512_bf16", "avx512_bf16"}, /* and all of avx512_vnni */
+    {"avx512_vnni", "avx512_vnni"}, /* and all of avx512 */
+    {"avx512_vnni", "avx512_vbmi"},
     {"avx512", "avx512f"},
     {"avx512", "avx512bw"},
     {"avx512", "avx512dq"},
@@ -42,7 +44,9 @@ static _Atomic(const kv_kernels *) active;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static int cpu_runs(const char *isa) {
-    if (strcmp(isa, "avx512_bf16") == 0 && !cpu_runs("avx512"))
+    if (strcmp(isa, "avx512_bf16") == 0 && !cpu_runs("avx512_vnni"))
+        return 0;
+    if (strcmp(isa, "avx512_vnni") == 0 && !cpu_runs("avx512"))
         return 0;
     for (size_t i = 0; i < sizeof(needs) / sizeof(needs[0]); i++)
         if (strcmp(needs[i].isa, isa) == 0 && !kv_cpu_has(needs[i].feature))

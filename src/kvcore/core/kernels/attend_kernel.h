@@ -178,9 +178,19 @@ KV_INLINE void kv_score_group(const kv_split_task *task, kv_format format, const
                         task->head_dim, ahead, task->scores + (int64_t)row * KV_SPLIT + start);
 }
 
-KV_INLINE void kv_score_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                            int32_t start, kv_ahead ahead) {
+KV_INLINE void kv_score_run_as(const kv_split_task *task, kv_format format, const kv_run *run,
+                               int32_t start, kv_ahead ahead) {
     KV_ROW_GROUPS(8, task->num_rows, kv_score_group(task, format, run, start, row, rows, ahead));
+}
+
+static void kv_score_run(const kv_split_task *task, kv_format format, const kv_run *run,
+                         int32_t start, kv_ahead ahead) {
+    if (format == KV_FORMAT_FP16)
+        kv_score_run_as(task, KV_FORMAT_FP16, run, start, ahead);
+    else if (format == KV_FORMAT_BF16)
+        kv_score_run_as(task, KV_FORMAT_BF16, run, start, ahead);
+    else
+        kv_score_run_as(task, KV_FORMAT_FP32, run, start, ahead);
 }
 
 /* ---- values ---------------------------------------------------------------------------------- */
@@ -264,10 +274,20 @@ KV_INLINE void kv_value_group(const kv_split_task *task, kv_format format, const
     }
 }
 
-KV_INLINE void kv_value_run(const kv_split_task *task, kv_format format, const kv_run *run,
-                            int32_t start, kv_ahead ahead) {
+KV_INLINE void kv_value_run_as(const kv_split_task *task, kv_format format, const kv_run *run,
+                               int32_t start, kv_ahead ahead) {
     KV_ROW_GROUPS(KV_ACCUMULATORS / 2, task->num_rows,
                   kv_value_group(task, format, run, start, row, rows, ahead));
+}
+
+static void kv_value_run(const kv_split_task *task, kv_format format, const kv_run *run,
+                         int32_t start, kv_ahead ahead) {
+    if (format == KV_FORMAT_FP16)
+        kv_value_run_as(task, KV_FORMAT_FP16, run, start, ahead);
+    else if (format == KV_FORMAT_BF16)
+        kv_value_run_as(task, KV_FORMAT_BF16, run, start, ahead);
+    else
+        kv_value_run_as(task, KV_FORMAT_FP32, run, start, ahead);
 }
 
 /* Puts the dims of o in order, which were summed as kv_load_lanes has them. */
@@ -280,21 +300,21 @@ static void kv_order_values(const kv_split_task *task) {
 
 /* The i-th run of K, V and then the next split's K, in the order in which they are read; what no
  * row sees is not asked for. */
-KV_INLINE kv_ahead kv_run_ahead(const kv_split_task *task, const kv_run *at_hand, int32_t i) {
+KV_INLINE const kv_run *kv_run_ahead(const kv_split_task *task, const kv_run *at_hand, int32_t i) {
     const kv_split_runs *runs = task->runs, *next = task->next;
     const int32_t n = runs->num_runs, start = runs->start + i % n * runs->k[0].count;
     if (i >= 2 * n)
-        return kv_ahead_of(i < 2 * n + next->num_runs ? &next->k[i - 2 * n] : at_hand);
+        return i < 2 * n + next->num_runs ? &next->k[i - 2 * n] : at_hand;
     if (task->seen && !kv_seen_by_any(task, 0, task->num_rows, start, runs->k[i % n].count))
-        return kv_ahead_of(at_hand);
-    return kv_ahead_of(i < n ? &runs->k[i] : &runs->v[i - n]);
+        return at_hand;
+    return i < n ? &runs->k[i] : &runs->v[i - n];
 }
 
 /* How many runs lie between what is computed and what is fetched. */
 KV_INLINE int32_t kv_ahead_distance(const kv_split_task *task) {
-    const int32_t row_bytes = task->head_dim * kv_element_bytes(task->k_format);
-    const int32_t distance = KV_AHEAD_BYTES / (task->runs->k[0].count * row_bytes);
-    return distance < 1 ? 1 : distance;
+    const kv_split_runs *runs = task->runs;
+    const int32_t distance = KV_AHEAD_BYTES / (runs->k[0].count * runs->k[0].nbytes);
+    return distance < 1 ? 1 : distance < runs->num_runs ? distance : runs->num_runs;
 }
 
 /* run_function over the runs of K or of V that any row sees; the others are not read. */
@@ -305,13 +325,8 @@ KV_INLINE int32_t kv_ahead_distance(const kv_split_task *task) {
         const kv_run *run = &(runs_of)[i];                                         \
         if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))           \
             continue;                                                              \
-        const kv_ahead ahead = kv_run_ahead(task, run, i + distance);              \
-        if ((format_of) == KV_FORMAT_FP16)                                         \
-            run_function(task, KV_FORMAT_FP16, run, start, ahead);                 \
-        else if ((format_of) == KV_FORMAT_BF16)                                    \
-            run_function(task, KV_FORMAT_BF16, run, start, ahead);                 \
-        else                                                                       \
-            run_function(task, KV_FORMAT_FP32, run, start, ahead);                 \
+        const kv_run *ahead = kv_run_ahead(task, run, i + distance);               \
+        run_function(task, format_of, run, start, kv_ahead_of(ahead));             \
     }
 
 static void kv_score_split(const kv_split_task *task) {
@@ -325,5 +340,3 @@ static void kv_value_split(const kv_split_task *task) {
         kv_order_values(task);
 }
 #undef KV_RUNS
-#undef KV_ROW_GROUPS
-#undef KV_ROW_GROUP

@@ -1,4 +1,4 @@
-/* The kernels of isa_avx512.c, and prefill by AVX512_BF16's dot products. Empty on other
+/* The kernels of isa_avx512_vnni.c, and prefill by AVX512_BF16's dot products. Empty on other
  * architectures. */
 #include "kernels.h"
 
@@ -6,7 +6,7 @@
 
 #define KV_HAS_DOT_BF16 1
 
-#include "lanes_avx512.h"
+#include "lanes_avx512_vnni.h"
 
 #include "kernel_text.h"
 

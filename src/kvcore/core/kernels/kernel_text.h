@@ -1,5 +1,6 @@
 /* All kernels, compiled with the lanes that were included before this file. A unit whose ISA has
- * dot products of bf16 pairs defines KV_HAS_DOT_BF16 as 1. */
+ * dot products of bf16 pairs defines KV_HAS_DOT_BF16 as 1, and lanes with those of bytes define
+ * KV_HAS_DOT_INT8 as 1. */
 
 #include "../formats.h"
 #include "../rotation.h"
@@ -11,6 +12,9 @@
 
 #if !defined(KV_HAS_DOT_BF16)
 #define KV_HAS_DOT_BF16 0
+#endif
+#if !defined(KV_HAS_DOT_INT8)
+#define KV_HAS_DOT_INT8 0
 #endif
 
 #include "convert_kernel.h"
@@ -37,6 +41,8 @@
 
 #include "attend_kernel.h"
 
+#include "encoded_kernel.h"
+
 #include "prefill_kernel.h"
 
 #if KV_HAS_DOT_BF16
@@ -56,6 +62,7 @@
         .decode = kv_decode,                  \
         .is_finite = kv_is_finite,            \
         .pack_queries = kv_pack_queries,      \
+        .pack_encoded = kv_pack_encoded,      \
         .attend_split = kv_attend_split,      \
         .merge_partial = kv_merge_partial,    \
         .normalize = kv_normalize,            \

@@ -13,6 +13,8 @@ enum {
     KV_TILE_ROWS = 240, /* most query rows that share one pass over a split */
     KV_BLOCK_ROWS = 48, /* ... of which this many have their scores at a time */
     KV_MANY_ROWS = 16,  /* from so many on, lanes are rows: prefill_kernel.h */
+    KV_ENCODED_ROWS = 16, /* up to so many query rows a sequence reads encoded rows undecoded:
+                             encoded_kernel.h */
     KV_DOT_TOKENS = 32, /* new tokens from which on a sequence may take dots */
     KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
 };
@@ -45,7 +47,8 @@ typedef struct kv_partial {
 } kv_partial;
 
 typedef struct kv_split_task {
-    const float *panels; /* the queries, by pack_queries */
+    const float *panels;  /* the queries, by pack_queries or pack_encoded */
+    const float *encoded; /* what pack_encoded made beside; NULL: encoded rows are decoded first */
     int32_t dots; /* for dot_prefill_kernel.h: in how many bf16 terms queries are given; or 0 */
     float scale;  /* with dots, of the scores; otherwise the queries have it */
     int32_t num_rows, q_width, o_width;
@@ -61,8 +64,10 @@ typedef struct kv_split_task {
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;
     const kv_split_runs *next; /* what is read afterwards, for prefetching; may be empty */
-    float *scores;  /* scratch [num_rows, KV_SPLIT], or [KV_SPLIT, KV_BLOCK_ROWS] for many rows */
-    float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows or quantized formats */
+    float *scores;  /* scratch [num_rows, KV_SPLIT], or without `encoded` for many rows
+                       [KV_SPLIT, KV_BLOCK_ROWS] */
+    float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows or quantized formats;
+                       with `encoded` and [num_rows, KV_SPLIT] more */
     kv_partial out;
 } kv_split_task;
 
@@ -95,6 +100,10 @@ typedef struct kv_kernels {
      * multiple of KV_BLOCK_ROWS rows. With `dots` they are not scaled. */
     void (*pack_queries)(const float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
                          int dots, float *panels);
+    /* The same for reading encoded rows undecoded, as many rows as there may be: `panels` for float
+     * rows, and `encoded`, which has KV_ROW_ALIGN floats more a row. Overwrites q. */
+    void (*pack_encoded)(float *q, int32_t num_rows, int32_t q_width, kv_format k_format,
+                         const kv_channels *channels, float *panels, float *encoded);
     void (*attend_split)(const kv_split_task *task);
     /* Folds `from`, whose tokens come later, into `into`. */
     void (*merge_partial)(const kv_partial *into, const kv_partial *from, int32_t num_rows,
@@ -113,6 +122,7 @@ extern const kv_kernels kv_kernels_scalar;
 #if defined(__x86_64__)
 extern const kv_kernels kv_kernels_avx2;
 extern const kv_kernels kv_kernels_avx512;
+extern const kv_kernels kv_kernels_avx512_vnni;
 extern const kv_kernels kv_kernels_avx512_bf16;
 #endif
 #if defined(__aarch64__)

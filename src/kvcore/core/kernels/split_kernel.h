@@ -45,9 +45,9 @@ static void kv_pack_queries(const float *q, int32_t num_rows, int32_t q_width, k
         kv_pack_groups(q, num_rows, q_width, k_format, panels);
 }
 
-static void kv_attend_few(const kv_split_task *task) {
+/* Scores of a few rows to weights. */
+static void kv_softmax_few(const kv_split_task *task) {
     const int adjusts = task->seen || task->slopes || task->softcap > 0.0f;
-    kv_score_split(task);
     for (int32_t r = 0; r < task->num_rows; r++) {
         task->out.m[r] = -INFINITY;
         task->out.l[r] = 0.0f;
@@ -58,7 +58,25 @@ static void kv_attend_few(const kv_split_task *task) {
         kv_softmax_row(task->scores + (int64_t)r * KV_SPLIT, task->visible[r], task->out.m + r,
                        task->out.l + r);
     }
+}
+
+static void kv_attend_few(const kv_split_task *task) {
+    kv_score_split(task);
+    kv_softmax_few(task);
     kv_value_split(task);
+}
+
+static void kv_attend_encoded(const kv_split_task *task) {
+    const kv_encoded_scratch scratch = kv_encoded_scratch_of(task);
+    if (kv_is_float(task->k_format))
+        kv_score_split(task);
+    else
+        kv_score_encoded(task, &scratch);
+    kv_softmax_few(task);
+    if (kv_is_float(task->v_format))
+        kv_value_split(task);
+    else
+        kv_value_encoded(task, &scratch);
 }
 
 /* ---- quantized formats ----------------------------------------------------------------------- */
@@ -108,7 +126,9 @@ static void kv_attend_split(const kv_split_task *task) {
         return;
     }
 #endif
-    if (task->num_rows >= KV_MANY_ROWS)
+    if (task->encoded)
+        kv_attend_encoded(task);
+    else if (task->num_rows >= KV_MANY_ROWS)
         kv_attend_many(task);
     else if (kv_is_float(task->k_format) && kv_is_float(task->v_format))
         kv_attend_few(task);
