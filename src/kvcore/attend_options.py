@@ -33,8 +33,9 @@ class AttendOptions:
 
     Attributes:
         scale: s = (q . k) * scale; None means 1 / sqrt(head_dim).
-        exact: never take a path whose bits depend on how a prompt was chunked. Only bf16 has
-            one, on the instruction set "avx512_bf16": within 2e-3 instead of 2e-6.
+        exact: never take a path whose bits depend on how a prompt was chunked. bf16 has one, on
+            the instruction set "avx512_bf16", within 2e-3 instead of 2e-6; and quantized formats,
+            which few query rows read undecoded: on "avx512_vnni" within 2e-4, else 2e-6.
         softcap: s = softcap * tanh(s / softcap), softcap > 0.
         alibi_slopes: float32 [Hq]; s -= slope * (i - j).
         causal: a token sees what is stored before it and itself; False: everything.

@@ -96,8 +96,9 @@ def paged_attention(
         sinks: [Hq], one more logit in each softmax's denominator, with no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
         layout: of the blocks.
-        exact: never take a path whose bits depend on how a prompt was chunked. Only bf16 has
-            one, on the instruction set "avx512_bf16": within 2e-3 instead of 2e-6.
+        exact: never take a path whose bits depend on how a prompt was chunked. bf16 has one, on
+            the instruction set "avx512_bf16", within 2e-3 instead of 2e-6; and quantized formats,
+            which few query rows read undecoded: on "avx512_vnni" within 2e-4, else 2e-6.
 
     Returns:
         out [T, Hq, Dv] in q's dtype, or (out, lse) with lse float32 [T, Hq]. A row that sees
@@ -172,8 +173,9 @@ def attention(
             (the last ones) as well as their queries; where they are stored without it.
         sinks: [Hq], one more logit in each softmax's denominator, with no value.
         return_lse: also return the natural logarithm of the softmax's denominator.
-        exact: never take a path whose bits depend on how a prompt was chunked. Only bf16 has
-            one, on the instruction set "avx512_bf16": within 2e-3 instead of 2e-6.
+        exact: never take a path whose bits depend on how a prompt was chunked. bf16 has one, on
+            the instruction set "avx512_bf16", within 2e-3 instead of 2e-6; and quantized formats,
+            which few query rows read undecoded: on "avx512_vnni" within 2e-4, else 2e-6.
         out: an array to write to, of q's dtype and shape but with Dv.
 
     A causal sequence needs at least as many keys as queries; its last query sees all of them.

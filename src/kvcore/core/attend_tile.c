@@ -23,8 +23,8 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
                              rows * o_width,
                              rows,
                              rows};
-    float **const places[] = {&t->q,       &t->panels,    &t->scores,    &t->decoded,
-                              &t->encoded, &t->state.o,   &t->state.m,   &t->state.l,
+    float **const places[] = {&t->q,         &t->panels,    &t->scores,   &t->decoded,
+                              &t->encoded,   &t->state.o,   &t->state.m,  &t->state.l,
                               &t->partial.o, &t->partial.m, &t->partial.l};
     int64_t used = 0;
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {

@@ -44,6 +44,7 @@ typedef struct kv_encoded_scratch {
     float *scales;    /* [KV_MAX_RUNS, KV_RUN], or those of one run */
     float *rows;      /* [KV_RUN, width] a run as float32 */
     uint8_t *lines;   /* ... or as bytes, in the same place */
+    float *channels;  /* [2, width] of a sealed group, behind them */
     char *copy;       /* [KV_RUN, width] codes of a run that is not whole */
     int8_t *planes;   /* queries of a group of rows */
     float *most;      /* [rows] the largest weight */
@@ -56,6 +57,7 @@ static kv_encoded_scratch kv_encoded_scratch_of(const kv_split_task *task) {
     kv_encoded_scratch s = {.scales = task->decoded};
     s.rows = s.scales + KV_MAX_RUNS * KV_RUN;
     s.lines = (uint8_t *)s.rows;
+    s.channels = s.rows + KV_RUN / 2 * width;
     s.copy = (char *)(s.rows + KV_RUN * width);
     s.planes = (int8_t *)s.copy + KV_RUN * width;
     s.most = (float *)(s.planes + 8 * width);
@@ -162,8 +164,8 @@ static void kv_score_encoded_run(const kv_split_task *task, const kv_encoded_que
     }
 #endif
     kv_split_task plain = *task;
-    const kv_run rows = kv_float_run(way, run, task->k_format, &task->k_channels, task->head_dim,
-                                     scratch->rows);
+    const kv_run rows =
+        kv_float_run(way, run, task->k_format, &task->k_channels, task->head_dim, scratch->rows);
     plain.panels = q->panels;
     kv_score_run(&plain, KV_FORMAT_FP32, &rows, start, kv_ahead_of(ahead));
     if (way == KV_WAY_LEVELS) {
@@ -207,8 +209,8 @@ static float kv_scale_weights(const kv_split_task *task, const kv_encoded_scratc
             const int n = runs->v[i].count - t < KV_LANES ? runs->v[i].count - t : KV_LANES;
             const kv_vec p = kv_load_elements(KV_FORMAT_FP32, at, 0, n);
             /* What is not seen may have any scale. */
-            const kv_vec w = kv_keep_above(p, 1e-38f,
-                                           kv_mul(p, kv_load(scratch->scales + i * KV_RUN + t)));
+            const kv_vec w =
+                kv_keep_above(p, 1e-38f, kv_mul(p, kv_load(scratch->scales + i * KV_RUN + t)));
             kv_store_elements(KV_FORMAT_FP32, at, 0, w, n);
             most = kv_max(most, w);
         }
@@ -219,8 +221,7 @@ static void kv_weigh(const kv_split_task *task, const kv_encoded_scratch *scratc
     const kv_split_runs *runs = task->runs;
     int32_t start = runs->start;
     for (int32_t i = 0; i < runs->num_runs; start += runs->v[i++].count)
-        if (!runs->v[i].raw &&
-            kv_seen_by_any(task, 0, task->num_rows, start, runs->v[i].count))
+        if (!runs->v[i].raw && kv_seen_by_any(task, 0, task->num_rows, start, runs->v[i].count))
             kv_run_scales(task->v_format, &runs->v[i], scratch->scales + i * KV_RUN);
         else
             memset(scratch->scales + i * KV_RUN, 0, KV_RUN * sizeof(float));

@@ -26,11 +26,14 @@ KV_INLINE int kv_low_bits(kv_format format) {
     switch (format) {
     case KV_FORMAT_ROT6:
     case KV_FORMAT_ROT4:
-    case KV_FORMAT_CHAN4: return 4;
+    case KV_FORMAT_CHAN4:
+        return 4;
     case KV_FORMAT_ROT3:
     case KV_FORMAT_ROT2:
-    case KV_FORMAT_CHAN2: return 2;
-    default: return 8;
+    case KV_FORMAT_CHAN2:
+        return 2;
+    default:
+        return 8;
     }
 }
 
@@ -50,11 +53,13 @@ KV_INLINE kv_bytes kv_chunk_levels(kv_format format, kv_bytes low, kv_bytes high
     case KV_FORMAT_ROT4:
         return kv_look_up_bytes(kv_rot4_table, zero, kv_field(low, n % 2 * 4, 4));
     case KV_FORMAT_ROT3:
-        code = kv_or_shifted(kv_field(low, n % 4 * 2, 2), kv_field(high, half ? 2 * n : n % 8, 1), 2);
+        code =
+            kv_or_shifted(kv_field(low, n % 4 * 2, 2), kv_field(high, half ? 2 * n : n % 8, 1), 2);
         return kv_look_up_bytes(kv_rot3_table, zero, code);
     case KV_FORMAT_ROT2:
         return kv_look_up_bytes(kv_rot2_table, zero, kv_field(low, n % 4 * 2, 2));
-    default: return kv_xor_bytes(low, zero ^ 128);
+    default:
+        return kv_xor_bytes(low, zero ^ 128);
     }
 }
 
@@ -67,16 +72,16 @@ KV_INLINE int kv_span(kv_format format) {
 /* ---- keys ------------------------------------------------------------------------------------ */
 
 /* Where a span's codes begin in its token's planes. */
-typedef struct kv_planes {
+typedef struct kv_span_codes {
     const char *low, *high;
     int64_t stride; /* bytes from token to token */
-} kv_planes;
+} kv_span_codes;
 
-KV_INLINE kv_planes kv_planes_at(kv_format format, const char *codes, int64_t stride,
-                                 int32_t head_dim, int32_t d) {
+KV_INLINE kv_span_codes kv_span_codes_at(kv_format format, const char *codes, int64_t stride,
+                                         int32_t head_dim, int32_t d) {
     const char *high = codes + head_dim * kv_low_bits(format) / 8;
-    return (kv_planes){codes + d * kv_low_bits(format) / 8, high + d * kv_high_bits(format) / 8,
-                       stride};
+    return (kv_span_codes){codes + d * kv_low_bits(format) / 8, high + d * kv_high_bits(format) / 8,
+                           stride};
 }
 
 KV_INLINE void kv_load_columns(const char *p, int64_t stride, int half, kv_bytes *columns) {
@@ -90,7 +95,8 @@ KV_INLINE void kv_load_columns(const char *p, int64_t stride, int half, kv_bytes
 
 /* `chunks` chunks of 16 tokens. With half as many as a unit of the high plane has, that unit is one
  * of 8 bytes. */
-KV_INLINE void kv_unpack_key_span(kv_format format, int chunks, kv_planes from, uint8_t *lines) {
+KV_INLINE void kv_unpack_key_span(kv_format format, int chunks, kv_span_codes from,
+                                  uint8_t *lines) {
     const int low_bits = kv_low_bits(format), high_bits = kv_high_bits(format);
     const int half = high_bits && chunks * high_bits < 8;
     kv_bytes low[4][4], high[4];
@@ -117,12 +123,12 @@ KV_INLINE const char *kv_unpack_key_half(kv_format format, const char *codes, in
     for (; d + span <= head_dim; d += span) {
         ahead = kv_ask(ahead, span * bits / 64);
         kv_unpack_key_span(format, span / KV_UNIT_DIMS,
-                           kv_planes_at(format, codes, stride, head_dim, d),
+                           kv_span_codes_at(format, codes, stride, head_dim, d),
                            lines + d / 4 * 2 * KV_LINE_BYTES);
     }
     if (format == KV_FORMAT_ROT3 && d < head_dim)
         kv_unpack_key_span(format, span / KV_UNIT_DIMS / 2,
-                           kv_planes_at(format, codes, stride, head_dim, d),
+                           kv_span_codes_at(format, codes, stride, head_dim, d),
                            lines + d / 4 * 2 * KV_LINE_BYTES);
     return ahead;
 }
@@ -145,7 +151,8 @@ KV_INLINE void kv_unpack_key_group(kv_format format, const char *codes, int32_t 
 /* ---- values ---------------------------------------------------------------------------------- */
 
 /* `chunks` chunks of four tokens. */
-KV_INLINE void kv_unpack_value_span(kv_format format, int chunks, kv_planes from, int8_t *lines) {
+KV_INLINE void kv_unpack_value_span(kv_format format, int chunks, kv_span_codes from,
+                                    int8_t *lines) {
     const int low_bits = kv_low_bits(format), high_bits = kv_high_bits(format);
     const int half = high_bits && chunks * high_bits < 8;
     kv_bytes low[4], high;
@@ -158,8 +165,8 @@ KV_INLINE void kv_unpack_value_span(kv_format format, int chunks, kv_planes from
                                 : kv_load_units(from.high, from.stride));
     KV_UNROLL
     for (int n = 0; n < chunks; n++)
-        kv_store_bytes(lines + n * KV_LINE_BYTES, kv_chunk_levels(format, low[n * low_bits / 8],
-                                                                  high, n, half, 0));
+        kv_store_bytes(lines + n * KV_LINE_BYTES,
+                       kv_chunk_levels(format, low[n * low_bits / 8], high, n, half, 0));
 }
 
 /* Four tokens. */
@@ -170,11 +177,11 @@ KV_INLINE const char *kv_unpack_value_quad(kv_format format, const char *codes, 
     ahead = kv_ask(ahead, head_dim * bits / 256);
     for (; d + span <= head_dim; d += span)
         kv_unpack_value_span(format, span / KV_UNIT_DIMS,
-                             kv_planes_at(format, codes, stride, head_dim, d),
+                             kv_span_codes_at(format, codes, stride, head_dim, d),
                              lines + d / KV_UNIT_DIMS * KV_LINE_BYTES);
     if (format == KV_FORMAT_ROT3 && d < head_dim)
         kv_unpack_value_span(format, span / KV_UNIT_DIMS / 2,
-                             kv_planes_at(format, codes, stride, head_dim, d),
+                             kv_span_codes_at(format, codes, stride, head_dim, d),
                              lines + d / KV_UNIT_DIMS * KV_LINE_BYTES);
     return ahead;
 }
@@ -182,13 +189,23 @@ KV_INLINE const char *kv_unpack_value_quad(kv_format format, const char *codes, 
 /* ---- runs ------------------------------------------------------------------------------------ */
 
 /* `call` with the format as a constant. Those with bytes for codes are one to it. */
-#define KV_LEVEL_FORMATS(format, call)                          \
-    switch (format) {                                           \
-    case KV_FORMAT_ROT6: call(KV_FORMAT_ROT6); break;           \
-    case KV_FORMAT_ROT4: call(KV_FORMAT_ROT4); break;           \
-    case KV_FORMAT_ROT3: call(KV_FORMAT_ROT3); break;           \
-    case KV_FORMAT_ROT2: call(KV_FORMAT_ROT2); break;           \
-    default: call(KV_FORMAT_INT8); break;                       \
+#define KV_LEVEL_FORMATS(format, call) \
+    switch (format) {                  \
+    case KV_FORMAT_ROT6:               \
+        call(KV_FORMAT_ROT6);          \
+        break;                         \
+    case KV_FORMAT_ROT4:               \
+        call(KV_FORMAT_ROT4);          \
+        break;                         \
+    case KV_FORMAT_ROT3:               \
+        call(KV_FORMAT_ROT3);          \
+        break;                         \
+    case KV_FORMAT_ROT2:               \
+        call(KV_FORMAT_ROT2);          \
+        break;                         \
+    default:                           \
+        call(KV_FORMAT_INT8);          \
+        break;                         \
     }
 
 /* A run's codes; where it lacks tokens, a copy with zeros in place of them. */
@@ -222,12 +239,12 @@ static void kv_unpack_keys(kv_format format, const kv_run *run, int32_t head_dim
     }
 }
 
-static void kv_unpack_values(kv_format format, const kv_run *run, int32_t head_dim, char *copy,
-                             int8_t *lines, const char *ahead) {
+KV_INLINE void kv_unpack_values(kv_format format, const kv_run *run, int32_t head_dim, char *copy,
+                                int8_t *lines, const char *ahead) {
     int64_t stride;
     const char *codes = kv_whole_codes(run, copy, &stride);
-#define KV_UNPACK(known)                                                                  \
-    for (int t = 0; t < run->count; t += 4, lines += 4 * head_dim, codes += 4 * stride)   \
+#define KV_UNPACK(known)                                                                \
+    for (int t = 0; t < run->count; t += 4, lines += 4 * head_dim, codes += 4 * stride) \
     ahead = kv_unpack_value_quad(known, codes, stride, head_dim, lines, ahead)
     KV_LEVEL_FORMATS(format, KV_UNPACK)
 #undef KV_UNPACK

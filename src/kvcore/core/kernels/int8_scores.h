@@ -2,26 +2,28 @@
 
 enum { KV_INT8_ROWS = 4 /* rows that meet a run at once */ };
 
-/* Queries as numbers of 16 bits in two planes of signed bytes: [head_dim / 16][rows][2][16]. What
- * the code 0 stands for is taken off by `zero`, the sum of a row's numbers times 128. */
+/* Queries as numbers of 16 bits in two planes of signed bytes, the low one first:
+ * [head_dim / 16][rows][2][16]. */
 typedef struct kv_int8_queries {
     const int8_t *planes;
     const float *units;  /* [rows] what 1 stands for */
-    const int32_t *zero; /* [rows] */
+    const int32_t *zero; /* [rows] the score of the level 0, as levels are stored */
     const float *plus;   /* [rows] what is added to every score */
 } kv_int8_queries;
 
-/* Where the dims' share of the next bytes is asked for: `bits` lines for every 16 dims. */
+/* What is asked for meanwhile: up to four lines for every 16 dims. */
 typedef struct kv_int8_ahead {
     const char *at;
-    int bits;
+    int lines;
 } kv_int8_ahead;
 
 /* Sums over 16 dims of `rows` rows and of 16 tokens a half. */
 KV_INLINE void kv_int8_key_chunk(int num_rows, int halves, int sets, const int8_t *planes,
-                                const uint8_t *lines, kv_bytes *sum) {
+                                 const uint8_t *lines, kv_int8_ahead ahead, kv_bytes *sum) {
     KV_UNROLL
     for (int c = 0; c < 4; c++) {
+        if (c < ahead.lines)
+            kv_prefetch(ahead.at + c * KV_LINE_BYTES);
         kv_bytes *to = sum + c % sets * num_rows * halves * 2;
         kv_bytes x[2];
         KV_UNROLL
@@ -31,8 +33,7 @@ KV_INLINE void kv_int8_key_chunk(int num_rows, int halves, int sets, const int8_
         for (int r = 0; r < num_rows; r++)
             KV_UNROLL
         for (int plane = 0; plane < 2; plane++) {
-            const kv_bytes y =
-                kv_broadcast_four(planes + (r * 2 + plane) * KV_UNIT_DIMS + c * 4);
+            const kv_bytes y = kv_broadcast_four(planes + (r * 2 + plane) * KV_UNIT_DIMS + c * 4);
             KV_UNROLL
             for (int h = 0; h < halves; h++)
                 to[(r * halves + h) * 2 + plane] =
@@ -43,8 +44,8 @@ KV_INLINE void kv_int8_key_chunk(int num_rows, int halves, int sets, const int8_
 
 /* scores[r * stride + t] of 16 tokens a half. `scales` are the tokens', or NULL for ones. */
 KV_INLINE void kv_int8_score_lines(int num_rows, int halves, const kv_int8_queries *q,
-                                  const uint8_t *lines, int32_t head_dim, const float *scales,
-                                  kv_int8_ahead ahead, float *scores, int64_t stride) {
+                                   const uint8_t *lines, int32_t head_dim, const float *scales,
+                                   kv_int8_ahead ahead, float *scores, int64_t stride) {
     const int all = num_rows * halves * 2, sets = all <= 4 ? 4 : all <= 8 ? 2 : 1;
     kv_bytes sum[16];
     KV_UNROLL
@@ -52,8 +53,8 @@ KV_INLINE void kv_int8_score_lines(int num_rows, int halves, const kv_int8_queri
         sum[i] = kv_zero_bytes();
     const int8_t *planes = q->planes;
     for (int32_t d = 0; d < head_dim; d += KV_UNIT_DIMS) {
-        ahead.at = kv_ask(ahead.at, ahead.bits);
-        kv_int8_key_chunk(num_rows, halves, sets, planes, lines, sum);
+        kv_int8_key_chunk(num_rows, halves, sets, planes, lines, ahead, sum);
+        ahead.at += ahead.lines * KV_LINE_BYTES;
         planes += num_rows * 2 * KV_UNIT_DIMS;
         lines += 4 * 2 * KV_LINE_BYTES;
     }
@@ -112,30 +113,29 @@ KV_INLINE int32_t kv_int8_pack_row(const float *q, int32_t head_dim, float full,
     for (int32_t d = 0; d < head_dim; d += KV_LANES, planes += step) {
         const kv_bytes x = kv_scale_to_whole(kv_load(q + d), scale);
         sum = kv_add_whole(sum, x);
-        kv_store_signed_planes(planes, planes + KV_UNIT_DIMS, x);
+        kv_store_signed_planes(planes, x);
     }
     *unit = most / full;
     return kv_sum_whole(sum);
 }
 
 /* Queries for a sealed group: every element times its channel's step. Codes count from `middle`, so
- * that roundings weigh less; what the channels' values there come to is added to what is `given`. */
+ * that roundings weigh less; what the channels' values there come to is added to what is `given`.
+ * `channels` has these values, then the steps. */
 KV_INLINE void kv_int8_pack_group(int num_rows, const float *q, const float *given,
-                                  const char *metadata, int32_t head_dim, int middle,
+                                  const float *channels, int32_t head_dim, int middle,
                                   int8_t *planes, float *units, int32_t *zero, float *plus) {
-    const uint16_t *lo = (const uint16_t *)metadata, *step = lo + head_dim;
     const float full = kv_int8_full(head_dim);
     float product[1024];
     for (int r = 0; r < num_rows; r++, q += head_dim) {
         kv_vec sum = kv_zero();
         for (int32_t d = 0; d < head_dim; d += KV_LANES) {
-            const kv_vec x = kv_load(q + d), y = kv_mul(x, kv_load_bf16(step + d));
-            sum = kv_fma(y, kv_broadcast((float)middle), kv_fma(x, kv_load_bf16(lo + d), sum));
-            kv_store(product + d, y);
+            const kv_vec x = kv_load(q + d);
+            sum = kv_fma(x, kv_load(channels + d), sum);
+            kv_store(product + d, kv_mul(x, kv_load(channels + head_dim + d)));
         }
-        zero[r] = middle *
-                  kv_int8_pack_row(product, head_dim, full, planes + r * 2 * KV_UNIT_DIMS,
-                         num_rows * 2 * KV_UNIT_DIMS, units + r);
+        zero[r] = middle * kv_int8_pack_row(product, head_dim, full, planes + r * 2 * KV_UNIT_DIMS,
+                                            num_rows * 2 * KV_UNIT_DIMS, units + r);
         plus[r] = given[r] + kv_hsum(sum);
     }
 }

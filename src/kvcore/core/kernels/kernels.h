@@ -15,8 +15,8 @@ enum {
     KV_MANY_ROWS = 16,  /* from so many on, lanes are rows: prefill_kernel.h */
     KV_ENCODED_ROWS = 16, /* up to so many query rows a sequence reads encoded rows undecoded:
                              encoded_kernel.h */
-    KV_DOT_TOKENS = 32, /* new tokens from which on a sequence may take dots */
-    KV_ROW_ALIGN = 16   /* scratch rows are padded to a multiple of the widest vector */
+    KV_DOT_TOKENS = 32,   /* new tokens from which on a sequence may take dots */
+    KV_ROW_ALIGN = 16     /* scratch rows are padded to a multiple of the widest vector */
 };
 
 /* Consecutive token rows of one block and head. Of a sealed group `rows` and `metadata` are where the
@@ -64,7 +64,7 @@ typedef struct kv_split_task {
     int32_t head_dim, head_dim_v;
     const kv_split_runs *runs;
     const kv_split_runs *next; /* what is read afterwards, for prefetching; may be empty */
-    float *scores;  /* scratch [num_rows, KV_SPLIT], or without `encoded` for many rows
+    float *scores;             /* scratch [num_rows, KV_SPLIT], or without `encoded` for many rows
                        [KV_SPLIT, KV_BLOCK_ROWS] */
     float *decoded; /* scratch [KV_SPLIT, q_width + o_width], for many rows or quantized formats;
                        with `encoded` and [num_rows, KV_SPLIT] more */

@@ -92,9 +92,9 @@ KV_INLINE kv_bytes kv_dot_int8(kv_bytes sum, kv_bytes x, kv_bytes y) {
 
 KV_INLINE kv_bytes kv_zero_bytes(void) { return _mm512_setzero_si512(); }
 
-/* As 32-bit numbers: x * 256 + y */
-KV_INLINE kv_bytes kv_join_planes(kv_bytes x, kv_bytes y) {
-    return _mm512_add_epi32(_mm512_slli_epi32(x, 8), y);
+/* As 32-bit numbers: low + 256 * high */
+KV_INLINE kv_bytes kv_join_planes(kv_bytes low, kv_bytes high) {
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
 
 KV_INLINE kv_bytes kv_add_whole(kv_bytes x, kv_bytes y) { return _mm512_add_epi32(x, y); }
@@ -107,16 +107,26 @@ KV_INLINE kv_bytes kv_to_whole(kv_vec x) { return _mm512_cvtps_epi32(x); }
 
 KV_INLINE kv_vec kv_from_whole(kv_bytes x) { return _mm512_cvtepi32_ps(x); }
 
-/* Of 16 numbers of 16 bits x = 256 * high + low, low from -128 to 127. */
-KV_INLINE void kv_store_signed_planes(int8_t *high, int8_t *low, kv_bytes x) {
-    const __m512i rounded = _mm512_add_epi32(x, _mm512_set1_epi32(128));
-    _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srai_epi32(rounded, 8)));
-    _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(x));
+/* The bytes 0 of 16 whole numbers in the lower 16 bytes, their bytes 1 in the next. */
+KV_INLINE __m256i kv_two_planes(kv_bytes x) {
+    const __m256i from = _mm256_set_epi32(0x3d393531, 0x2d292521, 0x1d191511, 0x0d090501,
+                                          0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi8(_mm512_castsi256_si512(from), x));
 }
 
-KV_INLINE void kv_store_unsigned_planes(uint8_t *high, uint8_t *low, kv_bytes x) {
-    _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
-    _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(x));
+/* Numbers of 16 bits x = 256 * high + low, low from -128 to 127: 16 low bytes, then 16 high ones. */
+KV_INLINE void kv_store_signed_planes(int8_t *planes, kv_bytes x) {
+    const __m256i halves = kv_two_planes(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
+    const __m256i signs =
+        _mm256_set_epi64x(0, 0, (int64_t)0x8080808080808080, (int64_t)0x8080808080808080);
+    _mm256_storeu_si256((__m256i *)planes, _mm256_xor_si256(halves, signs));
+}
+
+/* The same, low from 0 to 255. */
+KV_INLINE void kv_store_unsigned_planes(uint8_t *low, uint8_t *high, kv_bytes x) {
+    const __m256i halves = kv_two_planes(x);
+    _mm_storeu_si128((__m128i *)low, _mm256_castsi256_si128(halves));
+    _mm_storeu_si128((__m128i *)high, _mm256_extracti128_si256(halves, 1));
 }
 
 #endif
