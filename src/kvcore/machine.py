@@ -52,9 +52,10 @@ def set_isa(name: str) -> None:
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that this build and CPU can run, best first.
 
-    Of "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16" and "neon". "avx512_vnni" is "avx512"
-    with dot products of bytes for the decode of quantized caches; "avx512_bf16" is that with bf16
-    dot products for the prefill of bf16 caches, and comes first where they are expected to be faster.
+    Of "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16" and "neon". "avx512_vnni" is
+    "avx512" with dot products of bytes for the decode of quantized caches. "avx512_bf16" is that
+    with bf16 dot products for the prefill of bf16 caches, and comes first where these are expected
+    to be faster.
     """
     return tuple(_machine.available_isas())
 

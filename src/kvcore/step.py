@@ -144,9 +144,9 @@ class Step:
                 without it.
             sinks: [Hq], one more logit in each softmax's denominator, with no value.
             return_lse: also return the natural logarithm of the softmax's denominator.
-            exact: never take a path whose bits depend on how a prompt was chunked. bf16 has one, on
-                the instruction set "avx512_bf16", within 2e-3 instead of 2e-6; and quantized formats,
-                which few query rows read undecoded: on "avx512_vnni" within 2e-4, else 2e-6.
+            exact: never take a path whose bits depend on how a prompt was chunked. bf16 has one,
+                on the instruction set "avx512_bf16", within 2e-3 instead of 2e-6; and quantized
+                formats, which few query rows read undecoded: on "avx512_vnni" within 2e-4.
             out: an array to write to, of q's dtype and shape but with head_dim_v.
 
         Returns:

@@ -406,8 +406,9 @@ KV_API kv_status kv_linear(const float *x, int64_t x_stride, const float *w, int
 KV_API kv_status kv_set_num_threads(int32_t num_threads, int32_t oversubscribe);
 KV_API int32_t kv_get_num_threads(void);
 
-/* "scalar", "avx2", "avx512", "avx512_bf16", "neon": chosen once from CPUID and the OS's state, or by
- * KVCORE_ISA. "avx512_bf16" is "avx512" but for prompts over bf16 caches (see kv_attend_options.exact), and is chosen
+/* "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon": chosen once from CPUID and the OS's state, or by
+ * KVCORE_ISA. "avx512_vnni" is "avx512" but for few query rows over quantized caches, and
+ * "avx512_bf16" is that but for prompts over bf16 caches (see kv_attend_options.exact), and is chosen
  * where it is expected to be faster: on AMD's CPUs.
  * Where KVCORE_ISA names one that is not there, it is "none", and data-plane calls return
  * KV_ERR_UNSUPPORTED. kv_set_isa is for tests and comparisons; call it while no data-plane call
