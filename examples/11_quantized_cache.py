@@ -34,7 +34,8 @@ for pair in (("bf16", "bf16"), ("rot8", "rot8"), ("chan4", "rot4")):
     error = np.linalg.norm(out - exact) / np.linalg.norm(exact)
     print(
         f"{'/'.join(pair):<12}{spec.bits_per_element():6.3f} bits an element, "
-        f"{spec.bits_per_element(32_768):6.3f} with the raw rows of 32,768 tokens; error {error:.4f}"
+        f"{spec.bits_per_element(32_768):6.3f} with the raw rows of a text of 32,768 tokens; "
+        f"error {error:.4f}"
     )
     assert error < {"bf16": 0.01, "rot8": 0.02, "chan4": 0.2}[pair[0]]
 
