@@ -230,16 +230,21 @@ def _choose(y: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(u >= 0, half + number, half - 1 - number), scale
 
 
-def _range(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _range(
+    x: np.ndarray, levels: int, clip: float = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, lo and step over the last axis."""
     e = exponents(np.abs(x).max(-1))
     y = times_power(x, -e[..., None])
-    lo = bf16(times_power(y.min(-1), e), "down")
+    least, most = y.min(-1), y.max(-1)
+    cut = (most - least) * F32(clip)
+    least, most = least + cut, most - cut
+    lo = bf16(times_power(least, e), "down")
     start = times_power(lo.astype(F32), -e)
-    width = np.maximum(y.max(-1) - start, F32(0))
+    width = np.maximum(most - start, F32(0))
     step = bf16(times_power(width / F32(levels), e), "up")
     u = (y - start[..., None]) * inverse(times_power(step.astype(F32), -e))[..., None]
-    return np.rint(u).astype(np.int64), lo, step
+    return np.clip(np.rint(u), 0, levels).astype(np.int64), lo, step
 
 
 def _encode_int4(x: np.ndarray) -> np.ndarray:
@@ -249,7 +254,8 @@ def _encode_int4(x: np.ndarray) -> np.ndarray:
 
 def _encode_groups(x: np.ndarray, bits: int) -> np.ndarray:
     groups, _, head_dim = x.shape
-    codes, lo, step = _range(np.ascontiguousarray(x.transpose(0, 2, 1)), 2**bits - 1)
+    clip = 0.075 if bits == 2 else 0
+    codes, lo, step = _range(np.ascontiguousarray(x.transpose(0, 2, 1)), 2**bits - 1, clip)
     byte, shift = channel_places(bits, head_dim)
     data = np.zeros((groups, 32 * head_dim * bits // 8), np.uint8)
     for t in range(32):

@@ -57,7 +57,7 @@ GOLDEN = {
 # Of a whole group the SHA-256.
 GOLDEN_GROUPS = {
     "chan4": "31f4a3c7d8a245563310a9680d1f94a2c713efb3f2c2484019378be124cb2960",
-    "chan2": "8e104aa9e981e6db6a4de1005c5fd13ee06adffac9f95b9ece8ec8458182d3ad",
+    "chan2": "05b85b4a1634e3e259457c2bd3219abd51c694f47be5ebb5927623429c715408",
 }
 
 
@@ -200,8 +200,14 @@ def test_codes_and_scales_are_those_of_float64(name, head_dim):
         tokens, elements = (1, 32) if name == "int4" else (32, 1)
         groups = y.reshape(64 // tokens, tokens, head_dim // elements, elements)
         least, most = groups.min((1, 3)), groups.max((1, 3))
+        if name == "chan2":
+            cut = (most - least) * 0.075
+            least, most = least + cut, most - cut
+            u = np.clip(u, 0, 3)
         lo, step = lo[::tokens, ::elements], step[::tokens, ::elements]
-        assert (lo <= least).all() and (lo >= least - np.abs(least) / 128).all()
+        slightly = 1e-6 * (most - least)
+        assert (lo <= least + slightly).all()
+        assert (lo >= least - np.abs(least) / 128 - slightly).all()
         exact = (most - lo) / (2 ** reference.FORMATS[name][0] - 1)
         assert (step >= exact * (1 - 1e-6)).all() and (step <= exact * (1 + 1 / 127)).all()
     else:
@@ -243,7 +249,7 @@ def worst_error(name: str, x: np.ndarray, decoded: np.ndarray) -> float:
         groups = x.reshape(shape)
         least, top = groups.min((1, 3), keepdims=True), groups.max((1, 3), keepdims=True)
         reach = np.broadcast_to(top - least + np.abs(least) / 128, shape).reshape(x.shape)
-        bound = reach / (5.9 if name == "chan2" else 29.5)
+        bound = reach / (6.9 if name == "chan2" else 29.5)
     # Decoding rounds, once, what the minimum and the step add up to.
     bound = bound + np.abs(x) * 2.0**-23
     return float(np.max(error / np.where(bound > 0, bound, 1)))

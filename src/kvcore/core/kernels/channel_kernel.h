@@ -2,6 +2,10 @@
 
 enum { KV_CHUNK = 16 }; /* channels that are encoded at a time */
 
+/* What chan2 cuts off a channel's range at each end: with four codes, what the others gain is more
+ * than what the outermost lose. */
+#define KV_CHAN2_CLIP 0.075f
+
 typedef uint8_t kv_chunk_codes[KV_GROUP_TOKENS][KV_CHUNK];
 
 /* x := the chunk's channels less their bias, token by token; least and most are the bounds. */
@@ -24,13 +28,13 @@ KV_INLINE void kv_load_chunk(const float *rows, int32_t head_dim, const float *b
 
 /* Channels c .. c + KV_CHUNK of a group; rows and bias begin at c. */
 KV_INLINE void kv_encode_chunk(const float *rows, int32_t head_dim, const float *bias, int levels,
-                               int32_t c, char *metadata, kv_chunk_codes codes) {
+                               float clip, int32_t c, char *metadata, kv_chunk_codes codes) {
     float x[KV_GROUP_TOKENS][KV_CHUNK], least[KV_CHUNK], most[KV_CHUNK];
     float down[KV_CHUNK], from[KV_CHUNK], inverse[KV_CHUNK];
     kv_load_chunk(rows, head_dim, bias, x, least, most);
     for (int j = 0; j < KV_CHUNK; j++) {
         kv_range range = {.least = least[j], .most = most[j]};
-        kv_encode_range(&range, (float)levels);
+        kv_encode_range(&range, (float)levels, clip);
         down[j] = range.down;
         from[j] = range.from;
         inverse[j] = range.inverse;
@@ -41,7 +45,9 @@ KV_INLINE void kv_encode_chunk(const float *rows, int32_t head_dim, const float 
         for (int j = 0; j < KV_CHUNK; j += KV_LANES) {
             const kv_vec u =
                 kv_sub(kv_mul(kv_load(x[t] + j), kv_load(down + j)), kv_load(from + j));
-            const kv_vec code = kv_mul(u, kv_load(inverse + j));
+            kv_vec code = kv_mul(u, kv_load(inverse + j));
+            if (clip > 0)
+                code = kv_min(kv_max(code, kv_zero()), kv_broadcast((float)levels));
             kv_store_u8(codes[t] + j, kv_add(code, kv_broadcast(KV_ROUND)));
         }
 }
@@ -81,15 +87,17 @@ static void kv_encode_group(kv_format format, const float *rows, int32_t head_di
     const int32_t half = head_dim / 2;
     if (format == KV_FORMAT_CHAN4) {
         for (int32_t c = 0; c < head_dim; c += KV_CHUNK, lines += 16 * KV_CHUNK) {
-            kv_encode_chunk(rows + c, head_dim, bias ? bias + c : NULL, 15, c, metadata, codes);
+            kv_encode_chunk(rows + c, head_dim, bias ? bias + c : NULL, 15, 0, c, metadata, codes);
             kv_pack_chan4(codes, lines);
         }
         return;
     }
     for (int32_t c = 0; c < half; c += KV_CHUNK, lines += 16 * KV_CHUNK) {
         const int32_t d = half + c;
-        kv_encode_chunk(rows + c, head_dim, bias ? bias + c : NULL, 3, c, metadata, codes);
-        kv_encode_chunk(rows + d, head_dim, bias ? bias + d : NULL, 3, d, metadata, upper);
+        kv_encode_chunk(rows + c, head_dim, bias ? bias + c : NULL, 3, KV_CHAN2_CLIP, c, metadata,
+                        codes);
+        kv_encode_chunk(rows + d, head_dim, bias ? bias + d : NULL, 3, KV_CHAN2_CLIP, d, metadata,
+                        upper);
         kv_pack_chan2(codes, upper, lines);
     }
 }

@@ -87,7 +87,7 @@ static void kv_encode_int4(const float *x, int32_t head_dim, uint8_t *out, char 
     for (int32_t at = 0; at < head_dim; at += 32) {
         kv_range range;
         kv_find_bounds(x + at, &range.least, &range.most);
-        kv_encode_range(&range, 15);
+        kv_encode_range(&range, 15, 0);
         const kv_vec down = kv_broadcast(range.down), from = kv_broadcast(range.from);
         const kv_vec inverse = kv_broadcast(range.inverse), round = kv_broadcast(KV_ROUND);
         for (int32_t i = at; i < at + 32; i += KV_LANES) {

@@ -56,14 +56,21 @@ typedef struct kv_range {
     uint16_t lo, step;         /* what is stored */
 } kv_range;
 
-/* The rest of `range` from its bounds, for codes from 0 to `levels`. */
-KV_INLINE void kv_encode_range(kv_range *range, float levels) {
+/* The rest of `range` from its bounds, of which `clip` is cut off at both ends, for codes from 0 to
+ * `levels`. */
+KV_INLINE void kv_encode_range(kv_range *range, float levels, float clip) {
     const float a = fabsf(range->least), b = fabsf(range->most);
     const kv_power power = kv_power_of(a > b ? a : b);
+    float least = range->least * power.down, most = range->most * power.down;
+    if (clip > 0) {
+        const float cut = (most - least) * clip;
+        least += cut;
+        most -= cut;
+    }
     range->down = power.down;
-    range->lo = kv_bf16_down(range->least * power.down * power.up + 0.0f); /* no -0 */
+    range->lo = kv_bf16_down(least * power.up + 0.0f); /* no -0 */
     range->from = kv_bf16_value(range->lo) * power.down;
-    const float width = range->most * power.down - range->from;
+    const float width = most - range->from;
     range->step = width > 0 ? kv_bf16_up(width / levels * power.up) : 0;
     range->inverse = range->step ? 1 / (kv_bf16_value(range->step) * power.down) : 0;
 }
