@@ -61,7 +61,10 @@ class Side:
         if self.format.kind == "channel":
             first, stop = start // GROUP * GROUP, len(self) // GROUP * GROUP
             if stop > first:
-                sealed = decoded(self.raw[first:stop], self.name, **self.channels)
+                rows = self.raw[first:stop].copy()
+                if first == 0 and self.raw_first < GROUP:
+                    rows[: self.raw_first] = rows[self.raw_first]
+                sealed = decoded(rows, self.name, **self.channels)
                 self.encoded[first:stop] = sealed
 
     def raw_start(self, position):

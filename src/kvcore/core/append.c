@@ -146,6 +146,14 @@ static int32_t groups_after(const kv_plan *plan, int32_t s) {
     return plan->seq_lens[s] / KV_RAW_BLOCK_SIZE;
 }
 
+/* The first rows of a text are often far larger than the others, and are always read raw. Encoded,
+ * they take the values of the row after them, so that no channel's range reaches out to them. */
+static void leave_out_first(float *values, int32_t head_dim, int32_t raw_first) {
+    for (int32_t t = 0; t < raw_first && raw_first < KV_RAW_BLOCK_SIZE; t++)
+        memcpy(values + t * head_dim, values + raw_first * head_dim,
+               (size_t)head_dim * sizeof(float));
+}
+
 /* Group `column` of sequence s, from its raw rows. */
 static void seal_group(const append_task *task, int32_t s, int32_t column, int32_t head) {
     const kv_blocks *blocks = task->blocks, *raw = blocks->raw;
@@ -157,6 +165,8 @@ static void seal_group(const append_task *task, int32_t s, int32_t column, int32
     for (int32_t t = 0; t < KV_RAW_BLOCK_SIZE; t++)
         task->kernels->convert(kv_block_row(raw, raw_block, head, t), KV_FORMAT_BF16,
                                values + t * head_dim, KV_FORMAT_FP32, head_dim);
+    if (column == 0)
+        leave_out_first(values, head_dim, blocks->raw_first);
     const kv_channels channels = kv_head_channels(blocks, head);
     task->kernels->encode(blocks->format, values, KV_RAW_BLOCK_SIZE, head_dim, &channels,
                           kv_block_row(blocks, block, head, offset),
