@@ -67,7 +67,9 @@ def test_calibrate_writes_what_a_spec_takes(run, tmp_path, tiny_model):
         (["--formats", "bf16", "--length", "600"], "length: expected 2 to 499, got 600"),
         (["--formats", "bf16", "--texts", "nowhere.txt"], "texts: expected a readable text file"),
         (["--formats", "bf16", "--calibration", "nowhere.npz"], "calibration: expected a file"),
-        (["--formats", "bf16", *SMALL, "--json", "/nowhere/x"], "json: expected a file that can"),
+        (["--json", "/nowhere/x.json"], "json: expected a file in an existing folder"),
+        (["--plot", "/nowhere/x.png"], "plot: expected a picture's file"),
+        (["--plot", "picture.txt"], "plot: expected a picture's file"),
         (["--raw", "some"], "Invalid value for '--raw'"),
     ],
 )

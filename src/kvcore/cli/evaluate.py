@@ -16,11 +16,11 @@ from ..evaluation import (
     calibrate,
     evaluate,
     parse_cases,
+    plot,
     read_texts,
     report,
 )
 from ..evaluation.cases import RAW_CHOICES, Case
-from ..evaluation.plot import draw
 from ..models import Model, load
 
 FORMATS = (
@@ -67,6 +67,7 @@ def evaluate_formats(**options: Any) -> None:
     cases = parse_cases(
         options["formats"], options["raw"], options["raw_first"], options["raw_last"]
     )
+    _check_files(options["json_file"], options["plot_file"])
     model = load(options["model"], progress=sys.stderr.isatty())
     if options["calibrate_to"] is not None:
         _save(calibrate(model, texts, length=options["length"]), options["calibrate_to"])
@@ -80,7 +81,15 @@ def evaluate_formats(**options: Any) -> None:
         )
     _print(found, options["json_file"])
     if options["plot_file"] is not None:
-        draw(found, options["plot_file"])
+        plot.draw(found, options["plot_file"])
+
+
+def _check_files(json_file: str | None, plot_file: str | None) -> None:
+    """Raises before minutes of work whose results nobody could keep."""
+    if json_file not in (None, "-") and not Path(json_file).parent.is_dir():
+        raise InvalidArgument(f"json: expected a file in an existing folder, got {json_file}")
+    if plot_file is not None:
+        plot.check(plot_file)
 
 
 class Bar:
@@ -133,9 +142,4 @@ def _print(found: Evaluation, json_file: str | None) -> None:
     for line in [*report.table(found), "", *report.summary(found)]:
         click.echo(line)
     if json_file is not None:
-        try:
-            Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InvalidArgument(
-                f"json: expected a file that can be written at {json_file}: {error.strerror}"
-            ) from None
+        Path(json_file).write_text(found.to_json() + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from kvcore.errors import InvalidArgument, MissingExtra
@@ -18,23 +19,34 @@ def draw(evaluation: Evaluation, path: str) -> None:
     raw rows included.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
-        InvalidArgument: `path` cannot be written, or names no kind of picture.
+        MissingExtra, InvalidArgument: as `check`.
     """
-    figure_class = _figure_class()
+    check(path)
     panels: list[tuple[str, Callable[[Result], float]]] = [("KL to the fp32 cache, nats", _kl)]
     if evaluation.recall_length:
         panels.append(("recall: extra nats on the second copy", _extra))
-    figure = figure_class(figsize=(7.5 * len(panels), 6), layout="constrained")
+    figure = _figure_class()(figsize=(7.5 * len(panels), 6), layout="constrained")
     for i, (label, value) in enumerate(panels):
         _panel(figure.add_subplot(1, len(panels), i + 1), evaluation, label, value)
     figure.suptitle(
         f"{evaluation.model}, {len(evaluation.reference.texts)} texts of {evaluation.length} tokens"
     )
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"plot: expected a picture's file at {path}: {error}") from None
+    figure.savefig(path, dpi=110)
+
+
+def check(path: str) -> None:
+    """Raises what `draw` would, before there is anything to draw.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        InvalidArgument: `path` lies in no folder, or names no kind of picture.
+    """
+    kinds = _figure_class()().canvas.get_supported_filetypes()
+    file = Path(path)
+    if file.suffix[1:] not in kinds or not file.parent.is_dir():
+        raise InvalidArgument(
+            f"plot: expected a picture's file (.png, .svg, .pdf) in an existing folder, got {path}"
+        )
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -50,7 +62,7 @@ def _panel(axes: Any, evaluation: Evaluation, label: str, value: Callable[[Resul
     results = evaluation.results
     for has_raw, color in zip((False, True), _COLORS, strict=True):
         chosen = [r for r in results if r.case.has_raw_rows == has_raw]
-        name = "with raw rows" if has_raw else "without"
+        name = "with raw rows" if has_raw else "without raw rows"
         axes.plot(
             [_bits(r) for r in chosen], [value(r) for r in chosen], "o", color=color, label=name
         )
