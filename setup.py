@@ -4,7 +4,8 @@ Everything declarative is in pyproject.toml. What is here needs code: the attent
 text compiled once per instruction set, each with its own flags, so that one build runs on every CPU
 of its architecture and picks at load time.
 
-Environment: KVCORE_WERROR=1 makes the core's compiler warnings errors.
+Environment: KVCORE_WERROR=1 makes the core's compiler warnings errors. KVCORE_WITHOUT_ISAS names
+instruction sets that are left out, such as "avx512,avx512_bf16".
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ ISA_CFLAGS = {
     "isa_avx512_vnni": AVX512_VNNI,
     "isa_avx512_bf16": [*AVX512_VNNI, "-mavx512bf16"],
 }
+WITHOUT = [name for name in os.environ.get("KVCORE_WITHOUT_ISAS", "").split(",") if name]
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 MACOS = sys.platform == "darwin"
 LIBRARY = "libkvcore.dylib" if MACOS else "libkvcore.so"
@@ -70,6 +72,7 @@ class BuildExt(build_ext):
 
     def build_core(self) -> None:
         sources = sorted([*CORE.glob("*.c"), *(CORE / "kernels").glob("*.c")])
+        sources = [source for source in sources if source.stem not in {f"isa_{n}" for n in WITHOUT}]
         target = self.library_dir / LIBRARY
         if not self.must_build(target, sources):
             return
@@ -93,7 +96,10 @@ class BuildExt(build_ext):
                 [str(source)],
                 output_dir=self.build_temp,
                 include_dirs=[str(INCLUDE), str(INCLUDE / "kvcore"), str(CORE)],
-                macros=[("KVCORE_VERSION", f'"{self.distribution.get_version()}"')],
+                macros=[
+                    ("KVCORE_VERSION", f'"{self.distribution.get_version()}"'),
+                    *((f"KV_WITHOUT_{name.upper()}", None) for name in WITHOUT),
+                ],
                 extra_postargs=[*CFLAGS, *isa_flags, "-pthread"],
             )
         return obj

@@ -10,7 +10,18 @@
 /* Best first, where the CPU is good at all. */
 static const kv_kernels *const compiled[] = {
 #if defined(__x86_64__)
-    &kv_kernels_avx512_bf16, &kv_kernels_avx512_vnni, &kv_kernels_avx512, &kv_kernels_avx2,
+#ifndef KV_WITHOUT_AVX512_BF16
+    &kv_kernels_avx512_bf16,
+#endif
+#ifndef KV_WITHOUT_AVX512_VNNI
+    &kv_kernels_avx512_vnni,
+#endif
+#ifndef KV_WITHOUT_AVX512
+    &kv_kernels_avx512,
+#endif
+#ifndef KV_WITHOUT_AVX2
+    &kv_kernels_avx2,
+#endif
 #endif
 #if defined(__aarch64__)
     &kv_kernels_neon,
