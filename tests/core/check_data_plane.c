@@ -132,7 +132,7 @@ static float *fill_blocks(const problem *p, const kv_blocks *blocks, int32_t num
         const kv_rows out = make_rows(rows + done * blocks->num_heads * blocks->head_dim,
                                       blocks->num_heads, blocks->head_dim);
         const kv_read_source sequence = {.block_row = p->block_rows[s],
-                                           .num_columns = p->lengths[s] / blocks->block_size + 1};
+                                         .num_columns = p->lengths[s] / blocks->block_size + 1};
         CHECK(kv_read(blocks, &sequence, 0, p->lengths[s], &out) == KV_OK, "kv_read");
         done += p->lengths[s];
     }
