@@ -21,7 +21,7 @@ def test_block_runs(number: int) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
