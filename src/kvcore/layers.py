@@ -239,8 +239,8 @@ def _check_formats(layers: tuple[LayerSpec, ...], groups: tuple[GroupSpec, ...])
         k_format, v_format = layer.formats
         if v_format.kind == "channel":
             raise InvalidArgument(
-                f"v_format: expected a format that encodes each token alone in layer {i}, as those "
-                f"by channel are for keys, of which few channels are large, got {v_format.name}"
+                f"v_format: expected a format that encodes each token alone in layer {i}, as chan4 "
+                f"and chan2 are for keys, got {v_format.name}"
             )
         if layer.v_in_k and k_format.is_quantized:
             raise InvalidArgument(
