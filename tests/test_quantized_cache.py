@@ -266,6 +266,26 @@ def test_bits_do_not_depend_on_company_threads_or_sharing(name, exact):
             assert_same_bits(out, alone[m], f"{m} of {members}")
 
 
+@pytest.mark.parametrize("isa", kvcore.available_isas())
+def test_a_few_more_rows_than_are_read_undecoded(isa):
+    """They are decoded as many rows are, in scratch that must be large enough for both."""
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((276, 1, 16)).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((16, 2, 16)).astype(np.float32)
+    spec = kvcore.CacheSpec(1, 1, 16, k_format="rot8", v_format="rot8", raw_first=0, raw_last=0)
+    outs = []
+    with machine(isa):
+        for exact in (False, True):
+            cache = kvcore.KVCache(spec, num_blocks=8)
+            a = cache.sequence()
+            with cache.step([(a, 260)]) as step:
+                step.append(0, k[:260], v[:260])
+            with cache.step([(a, 16)]) as step:
+                step.append(0, k[260:], v[260:])
+                outs.append(step.attend(0, q, exact=exact))
+    assert_same_bits(*outs)
+
+
 @pytest.mark.parametrize("argument", ["k", "v"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["rot4", "chan4"])

@@ -8,10 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-enum {
-    PART_BYTES = 256 * 1024, /* less than this is not worth waking a thread for */
-    MAX_HEAD_DIM = 1024
-};
+enum { PART_BYTES = 256 * 1024 /* less than this is not worth waking a thread for */ };
 
 #define LARGEST_SATURATED 65504.0f /* fp16's largest number */
 
@@ -85,25 +82,25 @@ static void saturate(float *row, int32_t head_dim) {
             row[d] = row[d] < 0 ? -LARGEST_SATURATED : LARGEST_SATURATED;
 }
 
-static void store_raw(const append_task *task, const void *row, kv_format format, int32_t token,
-                      int32_t head) {
+static void store_raw(const append_task *task, const float *row, int32_t token, int32_t head) {
     const kv_blocks *raw = task->blocks->raw;
     const int32_t slot = task->plan->raw->slots[token];
     task->kernels->convert(
-        row, format, kv_block_row(raw, slot / KV_RAW_BLOCK_SIZE, head, slot % KV_RAW_BLOCK_SIZE),
-        KV_FORMAT_BF16, raw->head_dim);
+        row, KV_FORMAT_FP32,
+        kv_block_row(raw, slot / KV_RAW_BLOCK_SIZE, head, slot % KV_RAW_BLOCK_SIZE), KV_FORMAT_BF16,
+        raw->head_dim);
 }
 
 static int append_quantized(const append_task *task, const char *row, int32_t token, int32_t head) {
     const kv_blocks *blocks = task->blocks;
     const int32_t slot = task->plan->slots[token];
-    float values[MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float values[KV_MAX_HEAD_DIM] __attribute__((aligned(64)));
     task->kernels->convert(row, kv_dtype_format(task->rows->dtype), values, KV_FORMAT_FP32,
                            blocks->head_dim);
     if (blocks->saturate)
         saturate(values, blocks->head_dim);
     if (blocks->raw)
-        store_raw(task, values, KV_FORMAT_FP32, token, head);
+        store_raw(task, values, token, head);
     if (slot < 0 || kv_format_kind_of(blocks->format) != KV_KIND_ROW)
         return 1;
     const int32_t block = slot / blocks->block_size, offset = slot % blocks->block_size;
@@ -161,7 +158,7 @@ static void seal_group(const append_task *task, int32_t s, int32_t column, int32
     const int32_t raw_block = task->plan->raw->block_rows[s][column];
     const int32_t block = task->plan->block_rows[s][start / blocks->block_size];
     const int32_t offset = start % blocks->block_size;
-    float values[KV_RAW_BLOCK_SIZE * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float values[KV_RAW_BLOCK_SIZE * KV_MAX_HEAD_DIM] __attribute__((aligned(64)));
     for (int32_t t = 0; t < KV_RAW_BLOCK_SIZE; t++)
         task->kernels->convert(kv_block_row(raw, raw_block, head, t), KV_FORMAT_BF16,
                                values + t * head_dim, KV_FORMAT_FP32, head_dim);

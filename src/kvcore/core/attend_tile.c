@@ -11,9 +11,12 @@ int64_t kv_tile_lay_out(const kv_attend_call *call, int32_t num_rows, float *bas
     const int64_t rows = (num_rows + KV_ROW_ALIGN - 1) & -KV_ROW_ALIGN; /* all stays aligned */
     const int64_t blocks = (num_rows + KV_BLOCK_ROWS - 1) / KV_BLOCK_ROWS;
     const int many = num_rows >= KV_MANY_ROWS, undecoded = call->undecoded;
+    /* Where some sequences' rows are read undecoded, others' may still be many. */
+    const int64_t by_row = many && !undecoded ? 0 : rows * KV_SPLIT;
+    const int64_t by_token = many ? KV_SPLIT * KV_BLOCK_ROWS : 0;
     const int64_t sizes[] = {rows * q_width,
                              many ? blocks * KV_BLOCK_ROWS * q_width : rows * q_width,
-                             many && !undecoded ? KV_SPLIT * KV_BLOCK_ROWS : rows * KV_SPLIT,
+                             by_row > by_token ? by_row : by_token,
                              (many || call->decodes ? KV_SPLIT * (q_width + o_width) : 0) +
                                  (undecoded ? rows * KV_SPLIT : 0),
                              undecoded ? rows * (q_width + KV_ROW_ALIGN) : 0,

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-enum { PART_BYTES = 256 * 1024 };
+enum { PART_BYTES = 256 * 1024 /* less than this is not worth waking a thread for */ };
 
 /* ---- copy ------------------------------------------------------------------------------------ */
 
@@ -87,7 +87,7 @@ static void restore_rows(const restore_task *task, const int32_t *restore, int32
     const kv_blocks *blocks = task->blocks, *raw = blocks->raw;
     const int32_t s = restore[0], column = restore[1], start = column * KV_RAW_BLOCK_SIZE;
     const int32_t raw_block = task->plan->raw->block_rows[s][column];
-    float row[1024] __attribute__((aligned(64)));
+    float row[KV_MAX_HEAD_DIM] __attribute__((aligned(64)));
     for (int32_t i = 0; i < restore[2]; i++) {
         const int32_t j = start + i, block = task->plan->block_rows[s][j / blocks->block_size];
         if (block < 0) /* released behind a window: nothing reads it */

@@ -5,7 +5,7 @@
 #include "storage.h"
 #include "threads.h"
 
-enum { PART_BYTES = 256 * 1024, MAX_HEAD_DIM = 1024 };
+enum { PART_BYTES = 256 * 1024 /* less than this is not worth waking a thread for */ };
 
 typedef struct read_task {
     const kv_kernels *kernels;
@@ -31,8 +31,8 @@ static void read_quantized(const read_task *task, int32_t j, int32_t head, void 
     const int32_t head_dim = blocks->head_dim;
     const kv_format format = kv_dtype_format(task->out->dtype);
     const int32_t raw_block = is_raw(task, j) ? task->sequence->raw_row[j / KV_RAW_BLOCK_SIZE] : -1;
-    float row[MAX_HEAD_DIM] __attribute__((aligned(64)));
-    uint16_t rounded[MAX_HEAD_DIM];
+    float row[KV_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    uint16_t rounded[KV_MAX_HEAD_DIM];
     if (raw_block >= 0) {
         task->kernels->convert(kv_block_row(raw, raw_block, head, j % KV_RAW_BLOCK_SIZE),
                                KV_FORMAT_BF16, to, format, head_dim);
