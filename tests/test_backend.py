@@ -67,7 +67,21 @@ def test_signatures_are_the_protocols(name, operation):
 @pytest.mark.parametrize("name", kvcore.available_backends())
 def test_a_backend_offers_nothing_beyond_the_protocol(name):
     public = {n for n in vars(type(kvcore.get_backend(name))) if not n.startswith("_")}
-    assert public == {"name", *operations()}
+    assert public - {"name", "xp"} == set(operations())
+
+
+@pytest.mark.parametrize("name", kvcore.available_backends())
+def test_arrays_of_a_backend_are_what_its_operations_take_and_give(name):
+    chosen = kvcore.get_backend(name)
+    with chosen.on_device(None):
+        code = chosen.quantize(chosen.xp.ones((2, 8), "float32"), "fp16", None, None)
+    assert isinstance(code, chosen.xp.ndarray)
+    assert code.dtype == chosen.xp.float16
+
+
+def test_the_cpu_has_no_numbered_devices():
+    with pytest.raises(kvcore.InvalidArgument, match=r"^device: expected None .* got 0"):
+        kvcore.get_backend("cpu").on_device(0)
 
 
 def test_every_operation_on_arrays_is_in_ops():

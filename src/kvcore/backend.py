@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvcore.attend_options import AttendOptions
@@ -33,11 +34,27 @@ class Storage(Protocol):
 class Backend(Protocol):
     """The data plane: operations over (storage, plan) that keep no state of their own.
 
-    Arrays are the backend's own kind: NumPy's on the CPU. A plan is what a step means for the
-    group of the layer at hand. `append` and `attend` check shapes and dtypes of what the user gave.
+    A plan is what a step means for the group of the layer at hand. `append` and `attend` check
+    shapes and dtypes of what the user gave.
+
+    Attributes:
+        name: what `get_backend` knows it by.
+        xp: the module of its arrays: NumPy, or one with NumPy's functions, such as CuPy.
     """
 
     name: str
+    xp: Any
+
+    def on_device(self, device: int | None) -> AbstractContextManager[Any]:
+        """A context in which `xp` makes its arrays where a cache on this device keeps its blocks.
+
+        Args:
+            device: as in `allocate`: a device's number, or None for the current one.
+
+        Raises:
+            InvalidArgument: there is no such device.
+        """
+        ...
 
     def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
         """Memory for num_blocks[p] blocks of each of spec.pools: groups, then their raw rows."""

@@ -129,7 +129,7 @@ class KVCache:
             retention then take the blocks that as many of these need as the others have room for;
             when left out, every group has room for as many tokens.
         backend: "cpu" or "cuda".
-        device: the CUDA device's number; None for the CPU.
+        device: the CUDA device's number, None for the current one; None for the CPU.
 
     Raises:
         InvalidArgument, InvalidType: naming the argument.
@@ -152,6 +152,7 @@ class KVCache:
             raise InvalidType(f"spec: expected a CacheSpec, got {type(spec).__name__}")
         self.spec = spec
         self.backend = get_backend(backend)
+        self.device = device
         self.num_blocks, self.num_raw_blocks = _count_blocks(
             spec, num_blocks, num_raw_blocks, memory, sequence_length
         )

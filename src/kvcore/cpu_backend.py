@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,16 @@ class CpuBackend:
     """Attention on the CPU through the C core; its arrays are NumPy's."""
 
     name = "cpu"
+    xp = np
+
+    def on_device(self, device: int | None) -> AbstractContextManager[None]:
+        _check_device(device)
+        return nullcontext()
 
     def allocate(
         self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None
     ) -> CpuStorage:
-        if device is not None:
-            raise InvalidArgument(f'device: expected None for backend "cpu", got {device!r}')
+        _check_device(device)
         return CpuStorage(spec, num_blocks)
 
     def append(
@@ -189,6 +194,11 @@ class CpuBackend:
 
 def create_backend() -> CpuBackend:
     return CpuBackend()
+
+
+def _check_device(device: int | None) -> None:
+    if device is not None:
+        raise InvalidArgument(f'device: expected None for backend "cpu", got {device!r}')
 
 
 def _rows_for(
