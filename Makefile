@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALL := $(PIP) --no-build-isolation -e
 
 NATIVE := $(shell find src/kvcore -name '*.[ch]' -not -path '*/_native/*' -o -name '*.p[yx][xd]')
-C_FILES := $(shell find src/kvcore/core src/kvcore/include examples tests bench \
-	-name '*.[ch]' -not -path 'bench/out/*')
+C_FILES := $(shell find src/kvcore/core src/kvcore/include src/kvcore_gpu/kernels examples tests bench \
+	'(' -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' ')' -not -path 'bench/out/*')
 
 # Where Python's headers are unpacked when the system has none; see tools/python_headers.sh.
 HEADERS := $(CURDIR)/.venv/headers/usr/include
