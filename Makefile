@@ -8,6 +8,8 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALL := $(PIP) --no-build-isolation -e
+# ARGS="-n 0" runs the tests in one process.
+PARALLEL := -n auto --dist worksteal
 
 NATIVE := $(shell find src/kvcore -name '*.[ch]' -not -path '*/_native/*' -o -name '*.p[yx][xd]')
 C_FILES := $(shell find src/kvcore/core src/kvcore/include src/kvcore_gpu/kernels examples tests bench \
@@ -29,7 +31,7 @@ demo: $(STAMPS)/build $(STAMPS)/extra-cli $(STAMPS)/model ## a real model genera
 	@$(BIN)/kvcore demo $(ARGS)
 
 test: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-oracle: $(STAMPS)/build $(STAMPS)/extra-oracle $(STAMPS)/model ## against transformers (fetches torch)
 	@$(BIN)/python -m pytest -m "oracle and not slow" $(ARGS)

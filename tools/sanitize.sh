@@ -21,7 +21,7 @@ sanitize() { # NAME FLAG RUNTIME
     LD_LIBRARY_PATH=$library KVCORE_TEST_LIBRARY=$library/libkvcore.so \
         LD_PRELOAD=$($cc -print-file-name="$3") OPENBLAS_NUM_THREADS=1 \
         ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 \
-        "$python" -m pytest -q -p no:cacheprovider --capture=sys $tests
+        "$python" -m pytest -q -n auto --dist worksteal -p no:cacheprovider --capture=sys $tests
 }
 
 sanitize address address,undefined libasan.so
