@@ -1,0 +1,53 @@
+"""Launcher: the kernels of a runtime, specialised by macros, each with parameters that are kept."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from kvcore_gpu.params import Params
+from kvcore_gpu.runtime import Function, Runtime
+
+P = TypeVar("P", bound=Params)
+
+
+class Kernel(Generic[P]):
+    """A compiled kernel and the parameters of its next launch.
+
+    Attributes:
+        function: the kernel.
+        params: what the next launch passes; filled in place, by the owner alone.
+    """
+
+    __slots__ = ("_runtime", "function", "params")
+
+    def __init__(self, runtime: Runtime, function: Function, params: P) -> None:
+        self._runtime = runtime
+        self.function = function
+        self.params = params
+
+    def launch(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], shared_bytes: int = 0
+    ) -> None:
+        """Runs the kernel in the caller's current stream, without waiting."""
+        self._runtime.launch(self.function, grid, block, shared_bytes, self.params)
+
+
+class Launcher:
+    """Makes kernels; each specialisation is compiled and loaded once.
+
+    Attributes:
+        runtime: the device.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._functions: dict[tuple[object, ...], Function] = {}
+
+    def kernel(self, source: str, entry: str, params: type[P], **defines: int | str) -> Kernel[P]:
+        """The kernel `entry` of kernels/`source` with these macros, with parameters of its own."""
+        key = (source, entry, *sorted(defines.items()))
+        function = self._functions.get(key)
+        if function is None:
+            function = self.runtime.function(source, entry, defines)
+            self._functions[key] = function
+        return Kernel(self.runtime, function, params())

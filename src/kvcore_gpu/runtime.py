@@ -1,0 +1,92 @@
+"""Runtime: all that the backend knows of a device. CupyRuntime is one; tests have another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore_gpu.params import Params
+
+
+class Function(Protocol):
+    """A compiled kernel, loaded on the device."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Runtime(Protocol):
+    """Memory, copies and launches of one device, in the order of the caller's current stream.
+
+    Attributes:
+        name: what the device calls itself.
+        xp: the module of its arrays, with NumPy's functions.
+        arch: what kernels are compiled for, such as "sm_90".
+        device: the device's number.
+        num_multiprocessors: how many blocks run at once, at least.
+        shared_per_block: bytes of shared memory that a block may ask for.
+    """
+
+    name: str
+    xp: Any
+    arch: str
+    device: int
+    num_multiprocessors: int
+    shared_per_block: int
+
+    def on_device(self, device: int) -> Runtime:
+        """The runtime of another device, or of the same; InvalidArgument: there is none."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """A dense array of the device, aligned to 16 bytes, with anything in it."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """The same, with zeros."""
+        ...
+
+    def as_array(self, value: Any, argument: str) -> Any:
+        """An array of the device over a caller's memory: its own kind, an array interface, DLPack.
+
+        Never a copy: InvalidType says what cannot be taken, memory of the host for one.
+        """
+        ...
+
+    def address(self, array: Any) -> int:
+        """Where an array's first element lies."""
+        ...
+
+    def to_host(self, array: Any) -> NDArray[Any]:
+        """A copy on the host, which waits for the stream."""
+        ...
+
+    def stage(self, count: int) -> NDArray[np.int32]:
+        """Host memory to fill and to hand to `upload` before the next call of this."""
+        ...
+
+    def upload(self, staged: NDArray[np.int32], target: Any) -> None:
+        """Copies the beginning of what `stage` gave to a device array of int32, without waiting."""
+        ...
+
+    def function(self, source: str, entry: str, defines: Mapping[str, int | str]) -> Function:
+        """The kernel `entry` of kernels/`source`, compiled with the macros, once for each."""
+        ...
+
+    def launch(
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        params: Params,
+    ) -> None:
+        """Runs a kernel, without waiting; `params` may be filled anew at once."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits for the caller's current stream. DeviceFault: something in it has failed."""
+        ...
