@@ -101,7 +101,13 @@ struct AttendParams {
     const s64 *mask_offsets;           /* [S] bytes into mask; -1: the sequence has none */
     s32 causal, window;                /* window 0: off */
     s32 group;                         /* query heads of a KV head */
-    float *partial_out, *partial_lse;
-    s32 *counters; /* 0 before and after every launch */
-    s32 num_splits;
+    s32 few_rows;                      /* sequences with at most so many query rows of a KV head
+                                          are decode's, the others prefill's */
+    /* Decode only. A tile is 16 query rows of a KV head and a sequence: new tokens x group. */
+    s32 first_tile, num_tiles; /* which tiles of every sequence this launch takes */
+    s32 num_splits;            /* of the longest sequence */
+    float *partial_out;        /* [S, num_tiles, H, tile_rows, num_splits + 1, Dv] */
+    float *partial_states;     /* the same without Dv, and 2: m and l */
+    s32 *counters;             /* [S, num_tiles, H]; 0 before and after every launch */
+    s32 tile_rows;             /* rows of a tile that can be in use: 16 or fewer */
 };
