@@ -50,6 +50,9 @@ class MarkBackend:
     def allocate(self, spec, num_blocks, device):
         return Marks(spec, num_blocks)
 
+    def begin_step(self, storage, plans):
+        pass
+
     def copy_blocks(self, storage, pool, plan):
         entries = storage.pools[pool]
         for source, target, rows in plan.copies.tolist():

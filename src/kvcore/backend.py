@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from kvcore.attend_options import AttendOptions
 from kvcore.errors import BackendUnavailable, InvalidArgument
@@ -19,6 +21,7 @@ __all__ = [
     "Backend",
     "Storage",
     "available_backends",
+    "backend_of",
     "get_backend",
     "known_backends",
 ]
@@ -58,6 +61,14 @@ class Backend(Protocol):
 
     def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
         """Memory for num_blocks[p] blocks of each of spec.pools: groups, then their raw rows."""
+        ...
+
+    def begin_step(self, storage: Storage, plans: Sequence[Plan]) -> Hashable:
+        """Takes over the plans of a step that begins: those of groups, then those of raw rows.
+
+        Returns:
+            Step.graph_key.
+        """
         ...
 
     def append(
@@ -106,6 +117,10 @@ class Backend(Protocol):
         The sequence ends at `stop`; block_row and raw_row are its blocks, raw_row None where its
         group has no raw rows. V is a view of K where it lies there.
         """
+        ...
+
+    def check_finite(self, storage: Storage) -> None:
+        """See KVCache.check_finite."""
         ...
 
     def append_kv(
@@ -159,6 +174,8 @@ class Backend(Protocol):
 
 _MODULES = {"cpu": "kvcore.cpu_backend", "cuda": "kvcore_gpu.backend"}
 _loaded: dict[str, Backend] = {}
+_DLPACK_CUDA = (2, 13)  # memory of a device, and memory that it shares with the host
+_CUDA_INTERFACE = "__cuda_array_interface__"
 
 
 def get_backend(name: str) -> Backend:
@@ -181,6 +198,15 @@ def get_backend(name: str) -> Backend:
             ) from None
         _loaded[name] = module.create_backend()
     return _loaded[name]
+
+
+def backend_of(value: Any) -> Backend:
+    """The backend that computes where a caller's array lies."""
+    if isinstance(value, np.ndarray):
+        return get_backend("cpu")
+    place = getattr(value, "__dlpack_device__", None)
+    on_device = place is not None and place()[0] in _DLPACK_CUDA
+    return get_backend("cuda" if on_device or hasattr(value, _CUDA_INTERFACE) else "cpu")
 
 
 def known_backends() -> tuple[str, ...]:

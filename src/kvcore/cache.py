@@ -221,6 +221,7 @@ class KVCache:
         """
         step = Step(self, steps.begin(self._control, _listed(entries), self._read_entry))
         try:
+            step.graph_key = self.backend.begin_step(self._storage, step._plans)
             for pool, plan in enumerate(step._plans):
                 if plan.num_copies:
                     self.backend.copy_blocks(self._storage, pool, plan)
@@ -266,6 +267,18 @@ class KVCache:
             CacheCorrupt: they do not balance.
         """
         self._control.check()
+
+    def check_finite(self) -> None:
+        """Asks whether a NaN or an infinity has come to a quantized layer since the last call.
+
+        For backend="cuda", which stores such values saturated, as with `CacheSpec(saturate=True)`,
+        because to refuse them it would have to wait for the device; this does wait. On the CPU
+        append raises at once, and this never does.
+
+        Raises:
+            NotFinite: one has come.
+        """
+        self.backend.check_finite(self._storage)
 
     def drop_prefixes(self) -> None:
         """Forgets the cached prefixes that no sequence holds, so that their blocks are free."""

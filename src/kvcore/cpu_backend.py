@@ -35,6 +35,9 @@ class CpuBackend:
         _check_device(device)
         return CpuStorage(spec, num_blocks)
 
+    def begin_step(self, storage: CpuStorage, plans: Sequence[Plan]) -> None:
+        """Nothing: the core reads plans where they are."""
+
     def append(
         self, storage: CpuStorage, layer: int, plan: Plan, k: Any, v: Any | None, layout: str
     ) -> None:
@@ -98,6 +101,9 @@ class CpuBackend:
         if shared:
             return k, k[..., :shared]
         return k, attention.read(v_blocks, block_row, start, stop, raw_row)
+
+    def check_finite(self, storage: CpuStorage) -> None:
+        """Nothing: append raises before it stores."""
 
     def append_kv(
         self, k: Any, v: Any | None, k_blocks: Any, v_blocks: Any | None, slots: Any, layout: str

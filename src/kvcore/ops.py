@@ -1,7 +1,8 @@
 """The cache's operations on plain arrays, for engines that keep their own books.
 
 Blocks are arrays [N, H, B, D] (layout="HND"), or [N, B, H, D] (layout="NHD"), of float32, float16
-or bfloat16; B is a power of two from 16. NumPy arrays run on the CPU.
+or bfloat16; B is a power of two from 16. Arrays on the host run on the CPU, and those on a CUDA
+device (CuPy's, torch's) there; index arrays may always be NumPy's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from kvcore import arrays, checks
 from kvcore._native import linear as _linear
-from kvcore.backend import AttendOptions, get_backend
+from kvcore.backend import AttendOptions, backend_of
 from kvcore.errors import InvalidArgument, InvalidType
 
 __all__ = [
@@ -48,7 +49,7 @@ def append_kv(
     Raises:
         InvalidArgument, InvalidType: nothing has been written then.
     """
-    get_backend("cpu").append_kv(k, v, k_blocks, v_blocks, slots, layout)
+    backend_of(k_blocks).append_kv(k, v, k_blocks, v_blocks, slots, layout)
 
 
 def paged_attention(
@@ -107,7 +108,7 @@ def paged_attention(
     options = AttendOptions(
         scale, exact, softcap, alibi_slopes, causal, mask, window, positions, sinks
     )
-    return get_backend("cpu").paged_attention(
+    return backend_of(q).paged_attention(
         q,
         k_blocks,
         v_blocks,
@@ -196,9 +197,7 @@ def attention(
             kind = "padded" if padded else "ragged"
             raise InvalidArgument(f"{argument}: expected None for the {kind} layout {layout}")
     query_cut, kv_cut = (lengths if padded else cuts).values()
-    return get_backend("cpu").attention(
-        q, k, v, query_cut, kv_cut, layout, options, return_lse, out
-    )
+    return backend_of(q).attention(q, k, v, query_cut, kv_cut, layout, options, return_lse, out)
 
 
 def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
@@ -211,7 +210,7 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     Returns:
         out [..., D] and lse [...], what attention over all parts together gives.
     """
-    return get_backend("cpu").merge_states(outs, lses)
+    return backend_of(outs).merge_states(outs, lses)
 
 
 def quantize(x: Any, format: str, *, scales: Any | None = None, bias: Any | None = None) -> Any:
@@ -231,14 +230,14 @@ def quantize(x: Any, format: str, *, scales: Any | None = None, bias: Any | None
         NotFinite: x has a NaN or an infinity, and the format is quantized.
         InvalidArgument: D is not a multiple that the format takes, or another argument is wrong.
     """
-    return get_backend("cpu").quantize(x, format, scales, bias)
+    return backend_of(x).quantize(x, format, scales, bias)
 
 
 def dequantize(
     code: Any, format: str, *, scales: Any | None = None, bias: Any | None = None
 ) -> Any:
     """Decodes what `quantize` gave, as float32 [..., D]; `scales` and `bias` as given to it."""
-    return get_backend("cpu").dequantize(code, format, scales, bias)
+    return backend_of(code).dequantize(code, format, scales, bias)
 
 
 def linear(x: Any, w: Any, bias: Any | None = None, out: np.ndarray | None = None) -> np.ndarray:

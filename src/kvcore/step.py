@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ class Step:
         query_starts: int32 [S + 1], where each sequence's new tokens start.
         seq_lens: int32 [S], stored and new tokens.
         num_tokens: T.
+        graph_key: with backend="cuda", steps of equal keys run the same launches on the same
+            addresses, so that a CUDA graph of one may be replayed in another (docs/gpu.md); None on
+            the CPU.
     """
 
     __slots__ = (
@@ -39,6 +43,7 @@ class Step:
         "_native",
         "_plans",
         "cache",
+        "graph_key",
         "num_tokens",
         "query_starts",
         "seq_lens",
@@ -55,6 +60,7 @@ class Step:
         self.query_starts: np.ndarray = first.query_starts
         self.seq_lens: np.ndarray = first.seq_lens
         self.num_tokens: int = first.num_tokens
+        self.graph_key: Hashable = None
 
     def __enter__(self) -> Step:
         return self
@@ -174,6 +180,16 @@ class Step:
         return cache.backend.attend(
             cache._storage, layer, plan, q, layout, options, return_lse, out
         )
+
+    def mark_appended(self) -> None:
+        """Takes every layer as appended: a CUDA graph of the same `graph_key` has been replayed.
+
+        Raises:
+            StepClosed: it was committed or rolled back.
+        """
+        self._check_open()
+        for layer in self._native.missing_layers():
+            self._native.mark_appended(layer)
 
     def plan(self, group: int = 0) -> Plan:
         """What the step means for a group: block tables, slots, copies. Valid until it closes.

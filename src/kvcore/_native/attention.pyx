@@ -158,6 +158,26 @@ def attend(Plan plan not None, cnp.ndarray q not None, int layout, Blocks k not 
     return (target, lse) if return_lse else target
 
 
+def check_sight(Plan plan not None, int32_t num_blocks, bint causal, int32_t window,
+                cnp.ndarray positions, cnp.ndarray mask, cnp.ndarray mask_offsets):
+    """Raises TokensReleased if a new token sees a block that was released; options as for attend.
+
+    `attend` checks the same of itself; this is for backends whose kernels cannot.
+    """
+    cdef kv_attend_options options
+    memset(&options, 0, sizeof(options))
+    options.struct_size = sizeof(options)
+    options.non_causal = not causal
+    options.window = window
+    if positions is not None:
+        options.positions = <const int32_t *>cnp.PyArray_DATA(positions)
+    if mask is not None:
+        options.mask = <const uint8_t *>cnp.PyArray_DATA(mask)
+        options.mask_size = cnp.PyArray_SIZE(mask)
+        options.mask_offsets = <const int64_t *>cnp.PyArray_DATA(mask_offsets)
+    check(kv_plan_check_sight(&plan.c, num_blocks, &options))
+
+
 def copy_blocks(Plan plan not None, Blocks blocks not None):
     """Runs the plan's copies on `blocks`."""
     cdef kv_status status

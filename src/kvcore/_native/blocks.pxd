@@ -22,6 +22,7 @@ cdef class Plan:
     cdef const int32_t **rows
     cdef object owner
     cdef readonly Plan raw
+    cdef public object device  # where a backend keeps what it made of the plan
     cdef object __weakref__
 
 

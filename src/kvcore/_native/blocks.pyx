@@ -145,6 +145,22 @@ cdef object copied(const int32_t *data, int64_t count):
     return array
 
 
+cdef inline int64_t padded(int64_t count) noexcept:
+    """A part of a packed plan begins at a multiple of 16 bytes."""
+    return (count + 3) // 4 * 4
+
+
+cdef int64_t put(cnp.ndarray target, int64_t start, const int32_t *data,
+                 int64_t count) except -1:
+    """Copies a part of a packed plan and returns where the next begins."""
+    cdef int64_t end = start + padded(count)
+    if start < 0 or end > target.shape[0]:
+        raise InvalidArgument(f"target: expected at least {end} elements, got {target.shape[0]}")
+    if count > 0:
+        memcpy(<int32_t *>cnp.PyArray_DATA(target) + start, data, count * sizeof(int32_t))
+    return end
+
+
 cdef class Plan:
     """What a step means for one group; see kv_plan in kvcore.h. Properties return copies.
 
@@ -248,13 +264,56 @@ cdef class Plan:
         return copied(self.c.buffer, self.c.buffer_size)
 
     @property
-    def block_tables(self):
-        """[S, W] int32 with the longest sequence's W; -1 beyond a sequence's last block."""
+    def num_columns(self):
+        """Blocks of the longest sequence, released ones included."""
         cdef int32_t longest = 0
         cdef int32_t s
         for s in range(self.c.num_sequences):
             longest = max(longest, self.c.seq_lens[s])
-        cdef int32_t width = (longest + self.c.block_size - 1) // self.c.block_size
+        return (longest + self.c.block_size - 1) // self.c.block_size
+
+    def packed_size(self, int32_t width):
+        """How many elements `pack` writes."""
+        cdef int64_t count = self.c.num_sequences
+        cdef int64_t slots = self.c.num_tokens if self.c.slots != NULL else 0
+        return padded(count + 1) + padded(count) + padded(slots) + padded(count * width)
+
+    def pack(self, cnp.ndarray target not None, int64_t start, int32_t width):
+        """Writes the plan into a dense int32 array from `start` on, for another memory.
+
+        width: the block tables' number of columns, at least num_columns; 0 leaves them out.
+
+        Returns:
+            Where query_starts [S + 1], seq_lens [S], slots [T] and tables [S, width] begin.
+        """
+        cdef int64_t count = self.c.num_sequences
+        cdef int64_t lens = put(target, start, self.c.query_starts, count + 1)
+        cdef int64_t slots = put(target, lens, self.c.seq_lens, count)
+        cdef int64_t tables = put(target, slots, self.c.slots,
+                                  self.c.num_tokens if self.c.slots != NULL else 0)
+        if tables + padded(count * width) > target.shape[0]:
+            raise InvalidArgument(
+                f"target: expected room for {count} tables of {width}, got {target.shape[0]} "
+                "elements in all")
+        if width > 0:
+            check(kv_plan_block_tables(&self.c, <int32_t *>cnp.PyArray_DATA(target) + tables,
+                                       width))
+        return start, lens, slots, tables
+
+    def packed_changes_size(self):
+        """How many elements `pack_changes` writes."""
+        return padded(3 * self.c.num_copies) + padded(3 * self.c.num_restores)
+
+    def pack_changes(self, cnp.ndarray target not None, int64_t start):
+        """Writes copies [C, 3] and then restores [R, 3] likewise; returns where they begin."""
+        cdef int64_t restores = put(target, start, self.c.copies, 3 * self.c.num_copies)
+        put(target, restores, self.c.restores, 3 * self.c.num_restores)
+        return start, restores
+
+    @property
+    def block_tables(self):
+        """[S, W] int32 with the longest sequence's W; -1 beyond a sequence's last block."""
+        cdef int32_t width = self.num_columns
         tables = np.empty((self.c.num_sequences, width), np.int32)
         check(kv_plan_block_tables(&self.c, <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>tables),
                                    width))

@@ -194,6 +194,8 @@ cdef extern from "kvcore/kvcore.h" nogil:
     kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks *k,
                         const kv_blocks *v, const kv_attend_options *options,
                         const kv_rows *out, float *lse)
+    kv_status kv_plan_check_sight(const kv_plan *plan, int32_t num_blocks,
+                                  const kv_attend_options *options)
     kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
                               int64_t num_rows, int32_t head_dim, float *out, float *lse)
     ctypedef struct kv_channels:

@@ -70,9 +70,8 @@ static kv_status check_lengths(const kv_plan *plan, const kv_attend_options *opt
 }
 
 /* Blocks that no new token sees may have been released. */
-static kv_status check_seen_blocks(const kv_plan *plan, const kv_blocks *k, const kv_blocks *v,
+static kv_status check_seen_blocks(const kv_plan *plan, int32_t num_blocks,
                                    const kv_attend_options *options) {
-    const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
     const kv_sight sight = kv_sight_of(plan, options);
     for (int32_t s = 0; s < plan->num_sequences; s++) {
         const int32_t num_new = plan->query_starts[s + 1] - plan->query_starts[s];
@@ -81,7 +80,8 @@ static kv_status check_seen_blocks(const kv_plan *plan, const kv_blocks *k, cons
         const kv_span span = kv_joint_span(&sight, s, 0, num_new - 1);
         if (span.begin == span.end)
             continue;
-        const int32_t first = span.begin / k->block_size, last = (span.end - 1) / k->block_size;
+        const int32_t first = span.begin / plan->block_size;
+        const int32_t last = (span.end - 1) / plan->block_size;
         const kv_status status =
             kv_check_block_ids(plan->block_rows[s] + first, last - first + 1, num_blocks);
         if (status != KV_OK)
@@ -158,7 +158,24 @@ kv_status kv_check_attend(const kv_plan *plan, const kv_rows *q, const kv_blocks
     if ((status = check_lengths(plan, known)) != KV_OK ||
         (status = check_option_arrays(plan, known, q->num_heads)) != KV_OK)
         return status;
-    if ((status = check_seen_blocks(plan, k, v, known)) != KV_OK)
+    const int32_t num_blocks = k->num_blocks < v->num_blocks ? k->num_blocks : v->num_blocks;
+    if ((status = check_seen_blocks(plan, num_blocks, known)) != KV_OK)
         return status;
     return check_all_raw_blocks(plan, k, v, known);
+}
+
+kv_status kv_plan_check_sight(const kv_plan *plan, int32_t num_blocks,
+                              const kv_attend_options *options) {
+    kv_attend_options known;
+    kv_status status;
+    if (!plan)
+        return KV_ERR_NULL;
+    if (plan->block_size <= 0 || num_blocks < 0)
+        return KV_ERR_VALUE;
+    if ((status = read_options(options, &known)) != KV_OK ||
+        (status = kv_check_queries(plan, 0)) != KV_OK ||
+        (status = check_lengths(plan, &known)) != KV_OK ||
+        (status = check_option_arrays(plan, &known, 0)) != KV_OK)
+        return status;
+    return check_seen_blocks(plan, num_blocks, &known);
 }

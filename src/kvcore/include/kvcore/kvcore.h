@@ -369,6 +369,12 @@ KV_API kv_status kv_attend(const kv_plan *plan, const kv_rows *q, const kv_block
                            const kv_blocks *v, const kv_attend_options *options, const kv_rows *out,
                            float *lse);
 
+/* What kv_attend checks of the blocks before it reads one, for a backend whose device cannot say
+ * it: KV_ERR_RELEASED if a new token sees a block that is -1, KV_ERR_RANGE if one is outside
+ * [0, num_blocks). Of the options only those are looked at that say what a token sees. */
+KV_API kv_status kv_plan_check_sight(const kv_plan *plan, int32_t num_blocks,
+                                     const kv_attend_options *options);
+
 /* Joins attention over disjoint KV ranges: outs [P, R, D], lses [P, R] -> out [R, D], lse [R]
  * (may be NULL). A partial with lse -inf is neutral. Dense float32. */
 KV_API kv_status kv_merge_states(const float *outs, const float *lses, int32_t num_partials,
