@@ -1,0 +1,90 @@
+/* The threads of one block as fibers: one runs until it has to wait, then another. */
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "words.hpp"
+
+#include "library.hpp"
+
+#if !defined(__x86_64__) || defined(KV_EMULATOR_UCONTEXT)
+#define KV_UCONTEXT 1
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+constexpr u32 MAX_THREADS = 1024, MAX_WARPS = 32, NUM_BARRIERS = 16;
+constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr u32 SHARED_BYTES = 227 * 1024; /* of an H100's block */
+
+/* Which thread and which block goes first. */
+enum class Order : s32 { ASCENDING, DESCENDING, RANDOM };
+
+enum class Operation { NONE, SYNC_WARP, SHUFFLE, BALLOT, REDUCE, LDMATRIX, MMA };
+
+struct AsyncCopy {
+    char *dst;
+    const char *src;
+    u32 bytes;
+    bool pred;
+};
+
+struct Fiber {
+    void *stack_pointer;
+    Index index;
+    u32 number, warp, lane;
+    bool done;
+    s32 barrier; /* where it waits, or -1 */
+    Site site;
+    /* Its part of a warp's operation that waits for the others. */
+    Operation operation;
+    const void *in;
+    void *out;
+    s64 argument;
+    std::vector<AsyncCopy> open_group;
+    std::vector<std::vector<AsyncCopy>> groups; /* committed, oldest first */
+#ifdef KV_UCONTEXT
+    ucontext_t context;
+#endif
+};
+
+struct Barrier {
+    u32 arrived;
+    s32 needed;
+    Site site;
+};
+
+struct Machine {
+    Fiber fibers[MAX_THREADS];
+    Fiber main;
+    Fiber *current;
+    u32 num_threads, num_warps, num_live;
+    u32 ready[MAX_WARPS], live[MAX_WARPS]; /* a bit for each lane */
+    u32 ready_warps;
+    Barrier barriers[NUM_BARRIERS];
+    Index grid, block, block_index;
+    char *stacks;
+    char *shared;
+    u32 shared_bytes;
+    const Kernel *kernel;
+    const void *params;
+    Order order;
+    u64 random_state;
+    bool failed;
+    char error[640];
+};
+
+extern Machine machine;
+
+u32 random_number();
+/* Ends the launch: says what, and which block and thread; does not return. */
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+/* Runs others until someone makes this thread ready again. */
+void wait();
+void wake(u32 warp, u32 lanes);
+/* All threads of a block, from start to end; false where one failed. */
+bool run_block();
+
+} // namespace emulator
