@@ -25,7 +25,9 @@ SHARED_WITH_GPU = tuple(
         "arrays", "attend_options", "backend", "checks", "contiguous", "errors", "formats", "spec",
     )
 )  # fmt: skip
-CLIENTS = ("kvcore.cli", "kvcore.evaluation", "kvcore.models", "kvcore.planner")
+CLIENTS = (
+    "kvcore.cli", "kvcore.evaluation", "kvcore.models", "kvcore.parity", "kvcore.planner",
+)  # fmt: skip
 
 # ---- the C core
 

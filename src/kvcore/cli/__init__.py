@@ -1,4 +1,4 @@
-"""The command line: `kvcore generate`, `kvcore info`, `kvcore demo`, `kvcore eval`."""
+"""The command line: `kvcore generate`, `info`, `demo`, `eval` and `parity`."""
 
 from __future__ import annotations
 

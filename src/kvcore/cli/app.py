@@ -13,6 +13,7 @@ from .demo import demo
 from .evaluate import evaluate_formats
 from .generate import generate
 from .info import info
+from .parity import parity
 
 
 class Mendable(click.ClickException):
@@ -69,5 +70,5 @@ def app(debug: bool) -> None:
     """The KV-cache core of LLM inference, and language models on it."""
 
 
-for command in (generate, info, demo, evaluate_formats):
+for command in (generate, info, demo, evaluate_formats, parity):
     app.add_command(command)
