@@ -186,11 +186,11 @@ class TestSelection:
         assert all(name.startswith(("decode/", "quantize/rot4-64")) for name in names)
 
     def test_what_matches_nothing(self):
-        with pytest.raises(kvcore.InvalidArgument, match="^select: "):
+        with pytest.raises(kvcore.InvalidArgument, match=r"^select: "):
             parity.select_cases(["zzz"])
 
     def test_an_isa_is_the_cpus(self):
-        with pytest.raises(kvcore.InvalidArgument, match="^isa: "):
+        with pytest.raises(kvcore.InvalidArgument, match=r"^isa: "):
             parity.run("cuda", "avx2")
 
     def test_the_isa_comes_back(self):
