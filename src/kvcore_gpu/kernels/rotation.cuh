@@ -1,0 +1,72 @@
+/* The transform of rot8 to rot2 (docs/formats.md): H, in blocks of the largest power of two that
+ * divides the row, and signs. H is its own inverse but for a factor that stored scales hold.
+ */
+#pragma once
+#include "device.cuh"
+
+template <s32 DIM> constexpr s32 ROTATION_BLOCK = DIM & -DIM;
+
+/* Bit 63 of output i of splitmix64, whose seed spells "kvcore", moved to a float's sign. */
+KV_DEVICE u32 rotation_sign(s32 i) {
+    u64 z = 0x6b76636f7265ull + (u64)(i + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return (u32)((z ^ (z >> 31)) >> 32) & 0x80000000u;
+}
+KV_DEVICE float with_sign(float x, u32 sign) { return u32_as_float(float_as_u32(x) ^ sign); }
+
+/* (a, b) := (a + b, a - b) */
+KV_DEVICE void butterfly(float &a, float &b) {
+    const float sum = a + b;
+    b = a - b;
+    a = sum;
+}
+/* The same where a lane has one of the two, b if bit `stride` of its number is set. */
+KV_DEVICE void butterfly_of_lanes(float &x, s32 stride) {
+    const float other = shfl_xor(x, stride);
+    x = (lane_id() & stride) ? other - x : x + other;
+}
+
+/* Of a row of which lane l has elements l, l + 32, ...: x := H(x). Strides go up, as encoding has
+ * them. */
+template <s32 DIM, s32 N> KV_DEVICE void rotate_row(float (&x)[N]) {
+#pragma unroll
+    for (s32 stride = 1; stride < 32 && stride < ROTATION_BLOCK<DIM>; stride *= 2)
+#pragma unroll
+        for (s32 i = 0; i < N; i++)
+            butterfly_of_lanes(x[i], stride);
+#pragma unroll
+    for (s32 stride = 32; stride < ROTATION_BLOCK<DIM>; stride *= 2)
+#pragma unroll
+        for (s32 i = 0; i < N; i++)
+            if (!(i & (stride / 32)) && i + stride / 32 < N)
+                butterfly(x[i], x[i + stride / 32]);
+}
+
+/* Of sums of m16n8k16, c[n] of elements 8 n to 8 n + 7: both rows := sign * H(row). */
+template <s32 DIM, s32 N> KV_DEVICE void rotate_back(float (&c)[N][4]) {
+    const s32 pair = 2 * (lane_id() & 3);
+#pragma unroll
+    for (s32 n = 0; n < DIM / 8; n++) {
+        butterfly(c[n][0], c[n][1]);
+        butterfly(c[n][2], c[n][3]);
+#pragma unroll
+        for (s32 i = 0; i < 4; i++) {
+            butterfly_of_lanes(c[n][i], 1);
+            butterfly_of_lanes(c[n][i], 2);
+        }
+    }
+#pragma unroll
+    for (s32 stride = 1; stride < ROTATION_BLOCK<DIM> / 8; stride *= 2)
+#pragma unroll
+        for (s32 n = 0; n < DIM / 8; n++)
+            if (!(n & stride) && n + stride < N)
+#pragma unroll
+                for (s32 i = 0; i < 4; i++)
+                    butterfly(c[n][i], c[n + stride][i]);
+#pragma unroll
+    for (s32 n = 0; n < DIM / 8; n++)
+#pragma unroll
+        for (s32 i = 0; i < 4; i++)
+            c[n][i] = with_sign(c[n][i], rotation_sign(8 * n + pair + (i & 1)));
+}
