@@ -28,7 +28,9 @@ class ByteTokenizer:
         return ByteStream()
 
 
-def make_model(head_dim: int = 8, **changes: Any) -> Model:
+def make_model(
+    head_dim: int = 8, backend: str = "cpu", device: int | None = None, **changes: Any
+) -> Model:
     config = ModelConfig(
         family="llama",
         num_layers=2,
@@ -43,5 +45,5 @@ def make_model(head_dim: int = 8, **changes: Any) -> Model:
         rope=Rope(dim=head_dim, theta=10_000.0),
         **changes,
     )
-    decoder = Model.random(config).decoder
+    decoder = Model.random(config, backend=backend, device=device).decoder
     return Model(config, decoder, ByteTokenizer, source="tiny")

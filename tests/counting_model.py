@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import kvcore
+from kvcore.models import Device
 
 HEAD_DIM = 16
 VOCAB = 60
@@ -101,6 +102,7 @@ class CountingModel:
         self.eos_ids = frozenset({EOS})
         self.tokenizer = CharacterTokenizer()
         self.decoder = CountingDecoder()
+        self.device = Device()
 
     def cache_spec(self, block_size=64, k_format="bf16", v_format="bf16"):
         return kvcore.CacheSpec(

@@ -79,9 +79,15 @@ def test_arrays_of_a_backend_are_what_its_operations_take_and_give(name):
     assert code.dtype == chosen.xp.float16
 
 
-def test_the_cpu_has_no_numbered_devices():
+@pytest.mark.parametrize("method", ["on_device", "describe"])
+def test_the_cpu_has_no_numbered_devices(method):
     with pytest.raises(kvcore.InvalidArgument, match=r"^device: expected None .* got 0"):
-        kvcore.get_backend("cpu").on_device(0)
+        getattr(kvcore.get_backend("cpu"), method)(0)
+
+
+def test_the_cpu_describes_itself():
+    words = kvcore.get_backend("cpu").describe(None)
+    assert words == f"{kvcore.get_num_threads()} threads, {kvcore.get_isa()} kernels"
 
 
 def test_every_operation_on_arrays_is_in_ops():

@@ -59,6 +59,10 @@ class Backend(Protocol):
         """
         ...
 
+    def describe(self, device: int | None) -> str:
+        """What computes on this device, in a few words; `device` as in `on_device`."""
+        ...
+
     def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
         """Memory for num_blocks[p] blocks of each of spec.pools: groups, then their raw rows."""
         ...

@@ -16,6 +16,7 @@ from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
 from kvcore.cpu_storage import CpuStorage
 from kvcore.errors import InvalidArgument, InvalidType, NotFinite, TokensReleased
 from kvcore.formats import FORMATS, get_format
+from kvcore.machine import get_isa, get_num_threads
 from kvcore.spec import MAX_HEAD_DIM, CacheSpec
 
 
@@ -28,6 +29,10 @@ class CpuBackend:
     def on_device(self, device: int | None) -> AbstractContextManager[None]:
         _check_device(device)
         return nullcontext()
+
+    def describe(self, device: int | None) -> str:
+        _check_device(device)
+        return f"{get_num_threads()} threads, {get_isa()} kernels"
 
     def allocate(
         self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None

@@ -6,30 +6,40 @@ import numpy as np
 import pytest
 
 from kvcore.models.config import ClampedSwiglu
-from kvcore.models.layers import (
-    FEW_ROWS,
-    activate,
-    cpu_linear,
-    gated,
-    layer_norm,
-    rms_norm,
-    softcap,
-)
+from kvcore.models.layers import activate, gated, layer_norm, rms_norm, softcap
+from kvcore.models.linear import FEW_ROWS, ArrayLinear, HostLinear, Linear
 
 GATES = np.array([[-200.0, -20.0, -1.0, -0.01, 0.0, 0.5, 1.0, 20.0, 200.0]], np.float32)
 
 
+LINEAR = [HostLinear(), ArrayLinear(np)]
+
+
+@pytest.mark.parametrize("linear", LINEAR, ids=["host", "array"])
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, 40])
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear_on_both_sides_of_the_row_limit(rows: int, biased: bool) -> None:
+def test_linear_on_both_sides_of_the_row_limit(linear: Linear, rows: int, biased: bool) -> None:
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, 33), np.float32)
     weight = rng.standard_normal((21, 33), np.float32)
     bias = rng.standard_normal(21, np.float32) if biased else None
     out = np.full((rows, 21), np.nan, np.float32)
-    cpu_linear(x, weight, bias, out)
+    linear.apply(x, weight, bias, out)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if bias is None else bias)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("linear", LINEAR, ids=["host", "array"])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_linear_by_head_reads_and_writes_parts_of_rows(linear: Linear, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 3, 20), np.float32)
+    weights = rng.standard_normal((3, 8, 12), np.float32)
+    out = np.full((rows, 3, 10), np.nan, np.float32)
+    linear.apply_by_head(x[..., 4:16], weights, out[..., :8])
+    expected = np.einsum("rhk,hnk->rhn", x[..., 4:16].astype(np.float64), weights)
+    np.testing.assert_allclose(out[..., :8], expected, rtol=1e-5, atol=1e-5)
+    assert np.isnan(out[..., 8:]).all()
 
 
 def test_norms() -> None:

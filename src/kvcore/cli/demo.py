@@ -9,12 +9,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import get_isa, get_num_threads, set_num_threads
+from .. import get_backend, set_num_threads
 from ..cache import KVCache
 from ..models import Model, load
 from ..models.completion import Completion
 from ..models.generator import Generator
 from . import measure, report
+from .options import device_options
 
 PROMPT = "Once upon a time, there was a little girl named"
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -27,20 +28,26 @@ NUM_RECOMPUTED = 8
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--max-tokens", default=96, show_default=True, help="Tokens to generate, at most.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads of kvcore's kernels.")
-def demo(model: str, prompt: str, max_tokens: int, threads: int | None) -> None:
+@device_options
+def demo(
+    model: str,
+    prompt: str,
+    max_tokens: int,
+    threads: int | None,
+    backend: str,
+    device: int | None,
+) -> None:
     """Stream a text, then measure what the cache saves as the text grows."""
     if threads is not None:
         set_num_threads(threads)
     start = time.perf_counter()
-    loaded = load(model)
+    loaded = load(model, backend, device=device)
     click.echo(f"{loaded!r}")
-    click.echo(
-        f"loaded in {time.perf_counter() - start:.1f} s; "
-        f"{get_num_threads()} threads, {get_isa()} kernels\n"
-    )
+    computes = get_backend(backend).describe(device)
+    click.echo(f"loaded in {time.perf_counter() - start:.1f} s; {computes}\n")
     lengths = [n for n in LENGTHS if n <= loaded.config.max_context]
     spec = loaded.cache_spec(BLOCK_SIZE, slack=1)  # what is measured repeats the last token
-    cache = KVCache(spec, num_blocks=2 * -(-max(lengths) // BLOCK_SIZE))
+    cache = loaded.device.make_cache(spec, num_blocks=2 * -(-max(lengths) // BLOCK_SIZE))
 
     completion = _stream(loaded, cache, prompt, max_tokens)
     _compare_with_recomputation(loaded, cache, completion)
@@ -104,6 +111,6 @@ def _relate_to_reading(model: Model, cache: KVCache, tokens: NDArray[np.int32]) 
     click.echo(
         f"A token reads {cost.nbytes / 1e6:.0f} MB of weights and took {cost.token * 1e3:.1f} ms. "
         f"Reading them and no more took {cost.reading * 1e3:.1f} ms "
-        f"({cost.nbytes / cost.reading / 1e9:.1f} GB/s, the better of NumPy's max and ops.linear "
-        f"in {get_num_threads()} threads): a token is {cost.token / cost.reading:.2f} times that."
+        f"({cost.nbytes / cost.reading / 1e9:.1f} GB/s, by {cost.reader}): "
+        f"a token is {cost.token / cost.reading:.2f} times that."
     )

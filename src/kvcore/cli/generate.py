@@ -22,6 +22,7 @@ from ..models.prompts import Prompt, encode_prompt, text_length
 from ..models.sampling import SamplingParams
 from . import report
 from .inputs import read_prompts
+from .options import device_options
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -55,7 +56,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 @click.option("--prefill-budget", default=512, show_default=True,
               help="Prompt tokens in one step, at most.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads of kvcore's kernels.")
-@click.option("--backend", default="cpu", show_default=True)
+@device_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each prompt.")
 @click.option("--stats", is_flag=True, help="Tell what the cache did (on stderr, or in JSON).")
 def generate(**options: Any) -> None:
@@ -71,7 +72,12 @@ def generate(**options: Any) -> None:
     sampling = SamplingParams(**{name: options[name] for name in SAMPLING})
     if options["threads"] is not None:
         set_num_threads(options["threads"])
-    model = load(options["model"], backend=options["backend"], progress=sys.stderr.isatty())
+    model = load(
+        options["model"],
+        options["backend"],
+        device=options["device"],
+        progress=sys.stderr.isatty(),
+    )
     prompts = [encode_prompt(model, _prompt(text, options)) for text in texts]
     cache = _make_cache(model, [len(tokens) for tokens in prompts], options)
     batch = {name: options[name] for name in ("max_batch", "prefill_budget")}
@@ -136,16 +142,16 @@ def _prompt(text: str, options: dict[str, Any]) -> Prompt:
 
 def _make_cache(model: Model, prompt_lengths: list[int], options: dict[str, Any]) -> KVCache:
     spec = model.cache_spec(options["block_size"], options["k_format"], options["v_format"])
-    backend = options["backend"]
+    make_cache = model.device.make_cache
     lengths = [text_length(model, n, options["max_tokens"]) for n in prompt_lengths]
     if options["memory"] is not None:
         longest = max(lengths)
-        return KVCache(spec, memory=options["memory"], sequence_length=longest, backend=backend)
+        return make_cache(spec, memory=options["memory"], sequence_length=longest)
     if options["num_blocks"] is not None:
-        return KVCache(spec, options["num_blocks"], backend=backend)
+        return make_cache(spec, options["num_blocks"])
     batch, budget = (max(options[name], 1) for name in ("max_batch", "prefill_budget"))
     counts, num_groups = blocks_for(spec, lengths, batch, budget), len(spec.groups)
-    return KVCache(spec, counts[:num_groups], counts[num_groups:] or None, backend=backend)
+    return make_cache(spec, counts[:num_groups], counts[num_groups:] or None)
 
 
 def _print_stream(run: Run) -> None:

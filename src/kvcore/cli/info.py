@@ -17,13 +17,18 @@ from ..errors import BackendUnavailable
 from ..formats import FORMATS
 from ..models import registry
 from ..models.families import FAMILIES
+from .options import device_options
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(as_json: bool) -> None:
-    """Tell version, backends, instruction sets, threads, formats, families and models."""
-    facts = gather()
+@device_options
+def info(as_json: bool, backend: str, device: int | None) -> None:
+    """Tell version, backends, instruction sets, threads, formats, families and models.
+
+    With --backend, fail where it cannot be used, and else tell what computes there.
+    """
+    facts = gather() | {"device": get_backend(backend).describe(device)}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -34,6 +39,7 @@ def info(as_json: bool) -> None:
         ("cpu", " ".join(facts["cpu_features"])),
         ("threads", str(facts["threads"])),
     ]
+    rows.append(("device", facts["device"]))
     if facts["claimed_cpu_features"]:
         rows.append(("claimed", f"{facts['claimed_cpu_features']} (KVCORE_CPU_FEATURES, believed)"))
     rows += [("backend", f"{name}: {state}") for name, state in facts["backends"].items()]

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import get_num_threads, ops
 from ..cache import KVCache
-from ..models import Model
+from ..models import Device, Model
 from ..models.weights import DecoderWeights
 from ..sequence import Sequence
 
@@ -71,37 +72,62 @@ def continue_text(
 
 @dataclass(frozen=True)
 class ReadingCost:
-    """A token beside the bare reading of the weights that it needs: bytes and seconds."""
+    """A token beside the bare reading of the weights that it needs: bytes and seconds.
+
+    Attributes:
+        reader: how they were read, in words.
+    """
 
     nbytes: int
     token: float
     reading: float
+    reader: str
 
 
 def reading_cost(model: Model, cache: KVCache, tokens: NDArray[np.int32]) -> ReadingCost:
     """The next token of a text, and the bare reading of the weights that it needs.
 
-    There are two readers: NumPy's maximum over all weights in as many threads, and one row through
-    `ops.linear` for every matrix. They and the token take turns on the same memory and the best of
-    each counts, as a machine's speed changes with its other work, and a buffer's with its pages.
+    The readers and the token take turns on the same memory and the best of each counts, as a
+    machine's speed changes with its other work, and a buffer's with its pages.
     """
-    num_threads = get_num_threads()
     arrays = _read_by_a_token(model.decoder.weights)
-    shares = [[np.array_split(a, num_threads)[i] for a in arrays] for i in range(num_threads)]
     sequence = cache.sequence()
     _forward(model, cache, sequence, tokens[:-1])
     token, reading = [], []
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        readers, words = _readers(model.device, arrays, pool)
         for _ in range(15):
-            reading.append(_seconds(lambda: list(pool.map(_read_with_max, shares))))
-            reading.append(_seconds(lambda: _read_with_linear(arrays)))
+            reading += [_seconds(reader) for reader in readers]
             sequence.truncate(len(tokens) - 1)
             token.append(_seconds(lambda: _forward(model, cache, sequence, tokens[-1:])))
     sequence.free()
-    return ReadingCost(sum(array.nbytes for array in arrays), min(token), min(reading))
+    return ReadingCost(sum(array.nbytes for array in arrays), min(token), min(reading), words)
 
 
-def _read_by_a_token(weights: DecoderWeights) -> list[NDArray[np.float32]]:
+def _readers(
+    device: Device, arrays: list[Any], pool: ThreadPoolExecutor
+) -> tuple[list[Callable[[], object]], str]:
+    """Ways to read arrays once, and what they are called.
+
+    On the CPU these are NumPy's maximum over all of them in as many threads, and one row through
+    `ops.linear` for every matrix.
+    """
+    if not device.is_host:
+        return [lambda: _read_on_device(device, arrays)], "the maximum of each array"
+    count = get_num_threads()
+    shares = [[np.array_split(array, count)[i] for array in arrays] for i in range(count)]
+    return [
+        lambda: list(pool.map(_read_with_max, shares)),
+        lambda: _read_with_linear(arrays),
+    ], f"the better of NumPy's max and ops.linear in {count} threads"
+
+
+def _read_on_device(device: Device, arrays: list[Any]) -> None:
+    with device.active():
+        device.get(device.xp.stack([array.max() for array in arrays]))
+
+
+def _read_by_a_token(weights: DecoderWeights) -> list[Any]:
     """All weights but an embedding that is not the head as well: of that a token reads one row."""
     embedding = None if weights.head is weights.embedding else weights.embedding
     return [array for array in weights.arrays() if array is not embedding]
@@ -122,8 +148,8 @@ def _forward(
     model: Model, cache: KVCache, sequence: Sequence, tokens: NDArray[np.int32]
 ) -> NDArray[np.float32]:
     with cache.step([(sequence, len(tokens))]) as step:
-        logits: NDArray[np.float32] = model.decoder.forward(step, tokens, logits="last")
-    return logits
+        # On the host, so that what is timed has been computed.
+        return model.device.get(model.decoder.forward(step, tokens, logits="last"))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -54,6 +54,7 @@ class Witness:
 
     def __init__(self, step: Step, others: Sequence[Step], errors: Sequence[OutputErrors]) -> None:
         self._step = step
+        self.cache = step.cache
         self._others = list(zip(others, errors, strict=True))
         self.num_tokens = step.num_tokens
         self.query_starts = step.query_starts

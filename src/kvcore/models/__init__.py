@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvcore.models.completion import Completion, Metrics, TokenEvent
 from kvcore.models.config import ClampedSwiglu, Experts, LatentAttention, ModelConfig
 from kvcore.models.decoder import Decoder
+from kvcore.models.device import Device
 from kvcore.models.generation import generate, stream
 from kvcore.models.generator import Generator
 from kvcore.models.model import Model, load
@@ -19,6 +20,7 @@ __all__ = [
     "Completion",
     "Decoder",
     "DecoderWeights",
+    "Device",
     "Experts",
     "FrequencyFactors",
     "Generator",

@@ -1,4 +1,4 @@
-"""The transformer decoder over a paged cache, written against an array module."""
+"""The transformer decoder over a paged cache, computed where the cache's blocks lie."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from kvcore.errors import InvalidArgument
 from kvcore.models import reference
 from kvcore.models.attention import Attention
 from kvcore.models.config import ModelConfig
+from kvcore.models.device import Device
 from kvcore.models.latent_attention import AbsorbedAttention
-from kvcore.models.layers import MANY_ROWS, NORMS, Linear, Rows, cpu_linear, softcap
+from kvcore.models.layers import NORMS, Rows, softcap
 from kvcore.models.mlp import Mlp
 from kvcore.models.moe import ExpertLayer
-from kvcore.models.parallel import one_blas_thread
+from kvcore.models.parallel import MANY_ROWS, one_blas_thread
 from kvcore.models.rope import Rotation, inverse_frequencies
 from kvcore.models.weights import DecoderWeights, LayerWeights
 
@@ -31,30 +32,29 @@ class Decoder:
 
     Args:
         config: the architecture.
-        weights: float32 arrays of `xp`.
-        xp: the array module, NumPy or one with its interface.
-        linear: the linear layer over arrays of `xp`.
+        weights: float32 arrays of NumPy; another device gets a copy of each.
+        device: where to compute; the CPU when left out.
+
+    Attributes:
+        weights: arrays of the device.
+        device: the device, which is also that of the caches that steps come from.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        weights: DecoderWeights,
-        *,
-        xp: Any = np,
-        linear: Linear = cpu_linear,
+        self, config: ModelConfig, weights: DecoderWeights, device: Device | None = None
     ) -> None:
         self.config = config
-        self.weights = weights
-        self._xp = xp
-        self._linear = linear
-        self._attention = Attention if config.latent is None else AbsorbedAttention
-        self._attend_options = [self._options_of(index) for index in range(config.num_layers)]
+        self.device = device = Device() if device is None else device
         # The ropes that layers use, each as what Rotation takes, and which one each layer uses.
         ropes = [rope for rope in (config.rope, config.local_rope) if rope is not None]
-        self._turns = [
-            (xp.asarray(inv_freq), factor) for inv_freq, factor in map(inverse_frequencies, ropes)
-        ]
+        with device.active():
+            self.weights = weights if device.is_host else weights.converted(device.put)
+            self._turns = [
+                (device.put(inv_freq), factor)
+                for inv_freq, factor in map(inverse_frequencies, ropes)
+            ]
+        self._attention = Attention if config.latent is None else AbsorbedAttention
+        self._attend_options = [self._options_of(index) for index in range(config.num_layers)]
         self._layer_turn = [
             None if rope is None else ropes.index(rope)
             for rope in map(config.layer_rope, range(config.num_layers))
@@ -70,19 +70,23 @@ class Decoder:
                 for a chunk of a prompt whose logits nobody reads.
 
         Returns:
-            float32 [S, vocab], [T, vocab] or None.
+            float32 [S, vocab], [T, vocab] or None, as an array of the device.
 
         Raises:
             InvalidArgument: before anything is appended, if `tokens` has another length than the
                 step or holds an id outside the vocabulary, if a sequence would outgrow
-                max_context, or if `logits` is none of the three.
+                max_context, if `logits` is none of the three, or if the step's cache lies on
+                another device.
         """
         ids = self._check(step, tokens, logits)
-        with one_blas_thread() if len(ids) >= MANY_ROWS else nullcontext():
-            return self._run(step, self._xp.asarray(ids), logits)
+        shares_work = self.device.is_host and len(ids) >= MANY_ROWS
+        with one_blas_thread() if shares_work else nullcontext(), self.device.active():
+            return self._run(step, self.device.put(ids), logits)
 
     def forward_full(self, tokens: npt.ArrayLike, logits: str = "all") -> npt.NDArray[np.float32]:
         """Recomputes a whole text without a cache, in plain NumPy.
+
+        Weights of another device come back for each call.
 
         Args:
             tokens: integers [n].
@@ -101,7 +105,10 @@ class Decoder:
             )
         if logits not in ("all", "last"):
             raise InvalidArgument(f"logits: 'all' or 'last' expected, got {logits!r}")
-        return reference.forward(self.config, self.weights, ids, last_only=logits == "last")
+        weights = self.weights
+        if not self.device.is_host:
+            weights = weights.converted(self.device.get)
+        return reference.forward(self.config, weights, ids, last_only=logits == "last")
 
     def _check(self, step: Step, tokens: npt.ArrayLike, logits: str) -> npt.NDArray[np.int64]:
         if logits not in LOGITS:
@@ -111,6 +118,7 @@ class Decoder:
             raise InvalidArgument(
                 f"tokens: the step's {step.num_tokens} tokens expected, got {len(ids)}"
             )
+        self.device.check(step.cache, "step")
         longest = int(np.max(step.seq_lens))
         if longest > self.config.max_context:
             raise InvalidArgument(
@@ -125,18 +133,19 @@ class Decoder:
         x = weights.embedding[ids]
         if config.embedding_scale != 1:
             # The factor that checkpoints were trained with is a float32.
-            x *= self._xp.float32(config.embedding_scale)
+            x *= np.float32(config.embedding_scale)
         if weights.positions is not None:
             x += weights.positions[positions]
         return x
 
     def _run(self, step: Step, ids: Any, logits: str) -> Any:
         """All layers and the head over the step's tokens."""
-        xp, config, weights = self._xp, self.config, self.weights
-        positions = xp.asarray(_positions(step))
+        config, weights, device = self.config, self.weights, self.device
+        xp = device.xp
+        positions = device.put(_positions(step))
         rotations = [Rotation(xp, positions, *turn) for turn in self._turns]
         x = self._embed(ids, positions)
-        rows = Rows(xp, self._linear, len(x))
+        rows = Rows(device, len(x))
         attention = self._attention(config, rows)
         blocks = _Blocks(config, rows)
         last = config.num_layers - 1
@@ -150,9 +159,9 @@ class Decoder:
             attended = attention.attend(step, index, self._attend_options[index])
             if index == last and logits == "last" and len(step.seq_lens) < len(x):
                 # Above the last layer's attention only the rows that someone reads are of use.
-                read = xp.asarray(step.query_starts[1:] - 1)
+                read = device.put(step.query_starts[1:] - 1)
                 x, attended = x[read], attended[read]
-                rows = Rows(xp, self._linear, len(x))
+                rows = Rows(device, len(x))
                 blocks = _Blocks(config, rows)
             attention.output(layer, attended, rows, blocks.normed)
             blocks.add(x, layer.attention_post_norm)
@@ -160,8 +169,8 @@ class Decoder:
             blocks.mlp(index, layer)
             blocks.add(x, layer.mlp_post_norm)
         blocks.norm(x, weights.norm)
-        out = xp.empty((len(x), config.vocab_size), xp.float32)
-        self._linear(blocks.normed, weights.head, None, out)
+        out = rows.empty(config.vocab_size)
+        rows.linear(blocks.normed, weights.head, None, out)
         if config.logit_softcap is not None:
             softcap(xp, out, config.logit_softcap)
         return out

@@ -51,8 +51,8 @@ def stream(
             seed for all gives equal prompts equal texts.
         stop: strings and token ids that end a text, beside the model's end tokens.
         ignore_eos: go on after the model's end tokens.
-        cache: a cache of the model's shape. None makes one for this call that holds max_batch of
-            the longest texts.
+        cache: a cache of the model's shape on its device. None makes one for this call that holds
+            max_batch of the longest texts.
         block_size, k_format, v_format: of that cache; not used with `cache`.
         max_batch: texts that advance together, at most.
         prefill_budget: prompt tokens in one step, at most.
@@ -74,7 +74,7 @@ def stream(
         spec = model.cache_spec(block_size, k_format, v_format)
         counts = blocks_for(spec, lengths, max_batch, prefill_budget)
         num_groups = len(spec.groups)
-        cache = KVCache(spec, counts[:num_groups], counts[num_groups:] or None)
+        cache = model.device.make_cache(spec, counts[:num_groups], counts[num_groups:] or None)
     generator = Generator(model, cache, max_batch=max_batch, prefill_budget=prefill_budget)
     for tokens, params in zip(encoded, _params(sampling, len(encoded)), strict=True):
         generator.add(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,13 +79,15 @@ class Generator:
 
     Args:
         model: from `kvcore.models.load`.
-        cache: a cache of the model's shape, see `model.cache_spec`. Others may use it as well.
+        cache: a cache of the model's shape on its device, see `model.cache_spec` and
+            `model.device.make_cache`. Others may use it as well.
         max_batch: texts that advance together, at most. Up to 16, a decode step's matrix products
             give each text the bits that it would get alone.
         prefill_budget: prompt tokens in one step, at most.
 
     Raises:
-        InvalidArgument: the cache is not of the model's shape, or a number is below 1.
+        InvalidArgument: the cache is not of the model's shape or not on its device, or a number is
+            below 1.
     """
 
     def __init__(
@@ -216,18 +218,23 @@ class Generator:
                 self.scheduler.preempt()
                 self.metrics.preemptions += 1
                 continue
-            with step:
+            with step, self.model.device.active():
                 tokens = np.concatenate([work.tokens for work in batch])
                 rows = [row for row, work in enumerate(batch) if work.wants_logits]
                 logits = self.model.decoder.forward(step, tokens, logits="last" if rows else "none")
-                chosen: list[int | None] = [None] * len(batch)
-                if rows:
-                    samplers = [batch[row].request.sampler for row in rows]
-                    logits = logits if len(rows) == len(batch) else logits[rows]
-                    for row, token in zip(rows, sample_batch(logits, samplers), strict=True):
-                        chosen[row] = token
-            return list(zip(batch, chosen, strict=True))
+                chosen = self._choose(batch, rows, logits) if rows else {}
+            return [(work, chosen.get(row)) for row, work in enumerate(batch)]
         return []
+
+    def _choose(
+        self, batch: list[Work[TextRequest]], rows: list[int], logits: Any
+    ) -> dict[int, int]:
+        """The next token of these rows of a step's logits."""
+        device = self.model.device
+        if len(rows) < len(batch):
+            logits = logits[device.put(np.asarray(rows))]
+        samplers = [batch[row].request.sampler for row in rows]
+        return dict(zip(rows, sample_batch(logits, samplers, device.get), strict=True))
 
 
 def _token_stream(model: Model, needed: bool) -> TokenStream | None:
@@ -241,6 +248,7 @@ def _token_stream(model: Model, needed: bool) -> TokenStream | None:
 
 
 def _check_cache(model: Model, cache: KVCache) -> None:
+    model.device.check(cache, "cache")
     have = [(layer.num_kv_heads, layer.head_dim, layer.head_dim_v) for layer in cache.spec.layers]
     spec = model.cache_spec()
     want = [(layer.num_kv_heads, layer.head_dim, layer.head_dim_v) for layer in spec.layers]

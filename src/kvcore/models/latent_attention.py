@@ -65,8 +65,8 @@ class AbsorbedAttention:
         linear(q_input, layer.q_b, None, self._straight_q.reshape(count, -1))
         linear(normed, layer.kv_a, layer.kv_a_bias, self._straight_k.reshape(count, -1))
         self._rows.each(turn)
-        for head, key_up in enumerate(layer.key_up):
-            linear(self._straight_q[:, head, :nope], key_up, None, self._q[:, head, :rank])
+        by_head = self._rows.linear_by_head
+        by_head(self._straight_q[..., :nope], layer.key_up, self._q[..., :rank])
 
     def append(self, step: Step, index: int) -> None:
         """Stores the latents and shared keys."""
@@ -81,6 +81,5 @@ class AbsorbedAttention:
         """Writes the output projection of the heads' values to `out` [R, hidden]."""
         heads, value_dim, _ = layer.value_up.shape
         values = rows.empty(heads, value_dim)
-        for head, value_up in enumerate(layer.value_up):
-            rows.linear(attended[:, head], value_up, None, values[:, head])
+        rows.linear_by_head(attended, layer.value_up, values)
         rows.linear(values.reshape(rows.count, -1), layer.output, layer.output_bias, out)

@@ -8,35 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from kvcore import ops
 from kvcore.models.config import Activation, ClampedSwiglu
-from kvcore.models.parallel import cut, for_each
-
-# (x [R, K], weight [N, K], bias [N] or None, out [R, N]): writes x @ weight.T + bias to out.
-Linear = Callable[[Any, Any, Any, Any], None]
-
-# Up to this many rows `ops.linear` is faster than NumPy's BLAS, which packs the whole weight
-# matrix once per call, however few rows use it.
-FEW_ROWS = 16
-
-# From this many rows on `parallel` shares all work; below, its hand-overs cost more than they save.
-MANY_ROWS = 256
+from kvcore.models.device import Device
+from kvcore.models.parallel import MANY_ROWS, cut, for_each
 
 
 class Rows:
     """R rows of one forward call: how arrays for them are made and work on them is done.
 
     Attributes:
-        xp: the array module.
+        device: where they lie.
+        xp: its array module.
         count: R.
-        linear: the linear layer over arrays of `xp`.
     """
 
-    def __init__(self, xp: Any, linear: Linear, count: int) -> None:
-        self.xp = xp
-        self.linear = linear
+    def __init__(self, device: Device, count: int) -> None:
+        self.device = device
+        self.xp = device.xp
         self.count = count
-        self._parts = cut(count, MANY_ROWS // 2 if xp is np else count)
+        self.linear = device.linear.apply
+        self.linear_by_head = device.linear.apply_by_head
+        self._parts = cut(count, MANY_ROWS // 2 if device.is_host else count)
 
     def empty(self, *shape: int) -> Any:
         """An unfilled float32 array [R, *shape]."""
@@ -45,24 +37,6 @@ class Rows:
     def each(self, work: Callable[[slice], None]) -> None:
         """Does `work` for parts of the rows, shared among threads."""
         for_each(work, self._parts)
-
-
-def cpu_linear(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    """The linear layer on the CPU: kvcore's kernel for few rows, NumPy's BLAS for more.
-
-    From MANY_ROWS on threads share the outputs, and want `one_blas_thread` around.
-    """
-    if x.shape[0] <= FEW_ROWS:
-        ops.linear(x, weight, bias, out=out)
-        return
-
-    def multiply(outputs: slice) -> None:
-        np.matmul(x, weight[outputs].T, out=out[:, outputs])
-        if bias is not None:
-            out[:, outputs] += bias[outputs]
-
-    # Outputs rather than rows, so that no two threads pack the same weights.
-    for_each(multiply, cut(weight.shape[0], 1) if x.shape[0] >= MANY_ROWS else [slice(None)])
 
 
 def rms_norm(xp: Any, x: Any, weight: Any, eps: float, out: Any) -> None:
@@ -87,10 +61,12 @@ NORMS = {"rms": rms_norm, "layer": layer_norm}
 
 def _dot_rows(xp: Any, x: Any) -> Any:
     """The sum of squares over the last axis, in an order that the rows beside it do not change."""
+    if xp is not np:
+        return xp.square(x).sum(axis=-1)
     # vecdot is new in NumPy 2; on a few rows it takes a quarter of the time of einsum.
-    if hasattr(xp, "vecdot"):
-        return xp.vecdot(x, x)
-    return xp.einsum("...i,...i->...", x, x)
+    if hasattr(np, "vecdot"):
+        return np.vecdot(x, x)
+    return np.einsum("...i,...i->...", x, x)
 
 
 def activate(xp: Any, activation: Activation, x: Any, out: Any) -> None:

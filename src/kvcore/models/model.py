@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from kvcore import checks
-from kvcore.backend import get_backend
-from kvcore.errors import ModelFileError, UnsupportedError
+from kvcore.errors import ModelFileError
 from kvcore.models import hf, registry
 from kvcore.models.config import ModelConfig
 from kvcore.models.decoder import Decoder
+from kvcore.models.device import Device
 from kvcore.models.families import FAMILIES
 from kvcore.models.files import require
 from kvcore.models.gguf import GGUFFile
@@ -32,7 +32,7 @@ class Model:
     Attributes:
         config: the architecture.
         decoder: runs tokens against a step of a cache.
-        backend: the backend whose arrays the decoder works on.
+        device: where the decoder computes, and where its caches have to be.
         source: where the model came from, for messages.
     """
 
@@ -43,28 +43,40 @@ class Model:
         load_tokenizer: Callable[[], Tokenizer],
         *,
         source: str,
-        backend: str = "cpu",
     ) -> None:
         self.config = config
         self.decoder = decoder
         self.source = source
-        self.backend = backend
         self._load_tokenizer = load_tokenizer
 
     @classmethod
-    def random(cls, config: ModelConfig, seed: int = 0, std: float = 0.15) -> Model:
+    def random(
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        std: float = 0.15,
+        *,
+        backend: str = "cpu",
+        device: int | None = None,
+    ) -> Model:
         """A model with random weights and no tokenizer, for tests and benchmarks.
 
         Args:
             std: standard deviation of the weights.
+            backend, device: as in `load`. They do not change the weights.
         """
+        place = Device(backend, device)
 
         def no_tokenizer() -> Tokenizer:
             raise ModelFileError("a tokenizer expected, but a random model has none")
 
         tensors = RandomTensors(np.random.default_rng(seed), std)
         weights = load_weights(config, FAMILIES[config.family], tensors, threads=1)
-        return cls(config, Decoder(config, weights), no_tokenizer, source="random weights")
+        return cls(config, Decoder(config, weights, place), no_tokenizer, source="random weights")
+
+    @property
+    def device(self) -> Device:
+        return self.decoder.device
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -128,6 +140,7 @@ def load(
     model: str | os.PathLike[str],
     backend: str = "cpu",
     *,
+    device: int | None = None,
     max_context: int | None = None,
     progress: bool = False,
 ) -> Model:
@@ -135,7 +148,8 @@ def load(
 
     Args:
         model: a name ("smollm2"), a Hugging Face directory or a GGUF file.
-        backend: where the decoder computes.
+        backend: where the decoder computes: "cpu" or "cuda".
+        device: the CUDA device's number, None for the current one; None for the CPU.
         max_context: fewer tokens than the model's own maximum, as the longest text. A model with
             LongRoPE computes short and long contexts differently, and chooses by it.
         progress: shows a bar on stderr while weights are read.
@@ -143,13 +157,12 @@ def load(
     Raises:
         ModelFileError: if there is no such model, or its files are malformed or unsupported.
         MissingExtra: if a package is not installed; the message has the command.
+        InvalidArgument: if there is no such backend or device.
         BackendUnavailable: if the backend cannot be used here.
     """
-    get_backend(backend)
+    place = Device(backend, device)
     if max_context is not None:
         checks.integer(max_context, "max_context", 1)
-    if backend != "cpu":
-        raise UnsupportedError(f"backend: the decoder computes on cpu, got {backend!r}")
     if isinstance(model, str) and model in registry.MODELS:
         path = registry.locate(model)
     else:
@@ -166,8 +179,8 @@ def load(
         config, weights, load_tokenizer = load_parts(path, max_context, track)
     except MemoryError as error:
         raise ModelFileError(f"{path}: a model that fits in memory expected: {error}") from error
-    decoder = Decoder(config, weights)
-    return Model(config, decoder, load_tokenizer, source=str(model), backend=backend)
+    decoder = Decoder(config, weights, place)
+    return Model(config, decoder, load_tokenizer, source=str(model))
 
 
 _Track = Callable[[list[Any]], Iterable[Any]]

@@ -34,21 +34,24 @@ class ExpertLayer:
 
         A row's experts are added in the order of their numbers, whatever rows stand beside it.
         """
-        xp, linear = self._rows.xp, self._rows.linear
-        linear(normed, layer.router, layer.router_bias, self._logits)
-        chosen, shares = route(xp, self._experts, self._logits, layer.choice_bias)
+        device = self._rows.device
+        self._rows.linear(normed, layer.router, layer.router_bias, self._logits)
+        chosen, shares = route(device.xp, self._experts, self._logits, layer.choice_bias)
         if self._shared is None:
             out[...] = 0
         else:
             weights = (layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias)
             self._shared.apply(normed, *weights, out)
-        for expert in xp.unique(chosen).tolist():
-            rows, ranks = xp.nonzero(chosen == expert)
-            out[rows] += self._apply_one(layer, expert, normed[rows]) * shares[rows, ranks, None]
+        # One wait for the device a layer, however many experts there are.
+        on_host = device.get(chosen)
+        for expert in np.unique(on_host).tolist():
+            rows, ranks = map(device.put, np.nonzero(on_host == expert))
+            share = shares[rows, ranks][:, None]
+            out[rows] += self._apply_one(layer, expert, normed[rows]) * share
 
     def _apply_one(self, layer: LayerWeights, expert: int, x: Any) -> Any:
         """One expert over some rows x."""
-        rows = Rows(self._rows.xp, self._rows.linear, len(x))
+        rows = Rows(self._rows.device, len(x))
         mlp = Mlp(self._experts.intermediate_size, self._activation, rows)
         biases = layer.expert_gate_up_bias, layer.expert_down_bias
         up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)

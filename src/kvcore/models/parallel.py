@@ -17,6 +17,9 @@ from typing import Any
 from kvcore.errors import MissingExtra
 from kvcore.machine import get_num_threads
 
+# From this many rows on all work is shared; below, hand-overs cost more than they save.
+MANY_ROWS = 256
+
 
 def cut(count: int, smallest: int) -> list[slice]:
     """[0, count) as slices of equal size: one for each thread, but each of at least `smallest`."""

@@ -7,7 +7,7 @@ min-p, then one draw. Temperature 0 stops after the penalty and takes the larges
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +161,20 @@ class Sampler:
         return token
 
 
-def sample_batch(logits: Floats, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of every request, from logits [len(samplers), vocab]."""
+def sample_batch(
+    logits: Any, samplers: Sequence[Sampler], to_host: Callable[[Any], Any] = np.asarray
+) -> list[int]:
+    """The next token of every request.
+
+    Args:
+        logits: [len(samplers), vocab], of any array module.
+        to_host: makes NumPy's arrays of this module's. Where all are greedy, only what was chosen
+            goes through it.
+    """
     if all(sampler.params.greedy for sampler in samplers):
-        best = logits.argmax(axis=1)
-        if not np.isfinite(logits[np.arange(len(samplers)), best]).all():
+        best, largest = logits.argmax(axis=1), logits.max(axis=1)
+        if not np.isfinite(to_host(largest)).all():
             raise InvalidArgument("logits: expected finite numbers, got NaN or infinity")
-        return [int(token) for token in best]
-    return [sampler.sample(row) for row, sampler in zip(logits, samplers, strict=True)]
+        return [int(token) for token in to_host(best)]
+    rows = to_host(logits)
+    return [sampler.sample(row) for row, sampler in zip(rows, samplers, strict=True)]

@@ -103,6 +103,16 @@ class DecoderWeights:
         for layer in self.layers:
             yield from layer.arrays()
 
+    def converted(self, convert: Callable[[Any], Any]) -> DecoderWeights:
+        """convert(array) of every array; tied ones stay one."""
+        outer = {"embedding": self.embedding, "norm": self.norm, "positions": self.positions}
+        if self.head is not self.embedding:
+            outer["head"] = self.head
+        arrays = _converted(outer, convert)
+        arrays.setdefault("head", arrays["embedding"])
+        layers = [LayerWeights(**_converted(vars(layer), convert)) for layer in self.layers]
+        return DecoderWeights(layers=layers, **arrays)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, tied ones counted once."""
@@ -112,6 +122,10 @@ class DecoderWeights:
     def num_parameters(self) -> int:
         """Elements of all arrays, tied ones counted once."""
         return sum(int(array.size) for array in self.arrays())
+
+
+def _converted(arrays: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    return {name: None if array is None else convert(array) for name, array in arrays.items()}
 
 
 class Checkpoint(Protocol):
