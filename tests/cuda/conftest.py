@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from cuda_emulator import build
 from cuda_emulator.runtime import EmulatedRuntime
+
+# Cubins of tests are kept with what else is built, not with the user's.
+os.environ.setdefault("KVCORE_CACHE_DIR", str(Path(__file__).parents[2] / "build" / "cache"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
