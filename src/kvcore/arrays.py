@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcore import checks
 from kvcore._native.attention import DTYPES
 from kvcore._native.tokens import token_ids
 from kvcore.errors import InvalidArgument, InvalidType, MissingExtra
+
+if TYPE_CHECKING:
+    from kvcore._native.blocks import Plan
 
 #: The core's dtype numbers (kv_dtype in kvcore.h).
 F32, F16, BF16 = range(3)
@@ -124,32 +128,50 @@ def check_rows(
     array: np.ndarray,
     argument: str,
     layout: str,
-    *,
-    num_tokens: int,
-    num_sequences: int,
-    max_new: int,
-    num_heads: int | None,
+    plan: Plan,
+    num_heads: int,
     head_dim: int,
+    grouped: bool,
 ) -> None:
-    """Raises unless `array` has the shape that `layout` asks for; num_heads None takes any."""
+    """Raises unless `array` holds the plan's new tokens as `layout` says.
+
+    They have num_heads heads or, `grouped`, a multiple of them.
+    """
     shape = array.shape
-    heads = num_heads
-    if heads is None and len(shape) == len(layout):
-        heads = shape[layout.index("H")]
+    heads: int | None = num_heads
+    if grouped:
+        heads = shape[layout.index("H")] if len(shape) == len(layout) else None
     expected: tuple[int | None, ...]
     if layout == "NHD":
-        expected = (num_tokens, heads, head_dim)
+        expected = (plan.num_tokens, heads, head_dim)
     elif layout == "HND":
-        expected = (heads, num_tokens, head_dim)
+        expected = (heads, plan.num_tokens, head_dim)
     else:
-        length = max(max_new, shape[layout.index("S")]) if len(shape) == 4 else max_new
+        length = plan.max_new
+        if len(shape) == 4:
+            length = max(length, shape[layout.index("S")])
         padded = (length, heads) if layout == "BSHD" else (heads, length)
-        expected = (num_sequences, *padded, head_dim)
+        expected = (plan.num_sequences, *padded, head_dim)
     if shape != expected:
         came = ["any" if size is None else size for size in expected]
         raise InvalidArgument(
             f"{argument}: expected shape {_AXES[layout]} = {came}, got {list(shape)}"
         )
+    if not heads or heads % num_heads:
+        raise InvalidArgument(f"{argument}: expected a multiple of {num_heads} heads, got {heads}")
+
+
+def check_partials(outs: np.ndarray, lses: np.ndarray) -> None:
+    """Raises unless these can be merged: float32 [P, ..., D] and [P, ...]."""
+    for array, argument in ((outs, "outs"), (lses, "lses")):
+        if array.dtype != np.float32:
+            raise InvalidType(f"{argument}: expected float32, got {array.dtype}")
+    if outs.ndim < 2 or outs.shape[0] < 1 or outs.shape[-1] % 8 or not outs.shape[-1]:
+        raise InvalidArgument(
+            "outs: expected shape [P, ..., D] with P >= 1 and D a multiple of 8, "
+            f"got {list(outs.shape)}"
+        )
+    checks.shape(lses.shape, outs.shape[:-1], "lses", "outs.shape[:-1]")
 
 
 def from_list(value: Any, argument: str) -> np.ndarray:

@@ -73,6 +73,11 @@ class AttendOptions:
                 f"got {type(self.mask).__name__}"
             )
 
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether a token may see less than what is stored before it."""
+        return self.window is not None or self.mask is not None
+
     def has_mask(self, s: int) -> bool:
         """Whether sequence s has a mask."""
         return self.mask is not None and s < len(self.mask) and self.mask[s] is not None

@@ -22,6 +22,15 @@ def integer(value: Any, argument: str, low: int, high: int | None = None) -> int
     return number
 
 
+def no_v(value: Any, layer: int, v_in_k: int) -> None:
+    """Raises if V is given for a layer that takes it from K."""
+    if value is not None:
+        raise InvalidArgument(
+            f"v: expected None, as V of layer {layer} is the first {v_in_k} elements of k, "
+            f"got {type(value).__name__}"
+        )
+
+
 def shape(actual: tuple[int, ...], expected: tuple[int, ...], argument: str, axes: str) -> None:
     """Raises unless the shapes are equal; `axes` names them, as in "[T, H, D]"."""
     if actual != expected:

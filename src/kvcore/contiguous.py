@@ -25,8 +25,8 @@ _AXES = {"NHD": (0, 1), "HND": (1, 0), "BSHD": (1, 2), "BHSD": (2, 1)}  # token,
 _SMALLEST_BLOCK = 16
 
 
-def as_blocks(array: np.ndarray, argument: str, layout: str) -> Blocks:
-    """K or V as one block for each token (ragged), or for each sequence (padded)."""
+def check_array(array: Any, argument: str, layout: str) -> None:
+    """Raises unless `array` can be K or V in this layout."""
     arrays.layout_number(layout)
     arrays.dtype_number(array, argument)
     if array.ndim != len(layout) or not array.shape[_AXES[layout][1]]:
@@ -39,30 +39,47 @@ def as_blocks(array: np.ndarray, argument: str, layout: str) -> Blocks:
             f"{argument}: expected a head_dim that is a multiple of 8, at most {MAX_HEAD_DIM}, "
             f"got {array.shape[-1]}"
         )
+
+
+def has_forward_rows(array: Any) -> bool:
+    """Whether each row ends before the next one along any axis begins."""
     row = array.shape[-1] * array.itemsize
     strides = zip(array.shape[:-1], array.strides[:-1], strict=True)
-    if not arrays.is_readable(array) or any(n > 1 and stride < row for n, stride in strides):
-        array = array.copy(order="C")
+    return all(n <= 1 or stride >= row for n, stride in strides)
+
+
+def block_placement(
+    array: Any, layout: str
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shape and strides of one block for each token (ragged), or for each sequence (padded)."""
     token, head = _AXES[layout]
-    if not array.shape[token] or not array.shape[0]:  # no token is read, yet blocks have an address
-        shape = [max(n, 1) for n in array.shape]
-        array = np.zeros(shape, array.dtype)
-    size = max(_SMALLEST_BLOCK, 1 << (array.shape[token] - 1).bit_length())
     block = token if array.ndim == 3 else 0
+    shape = (array.shape[block], array.shape[head], _block_size(array, token), array.shape[-1])
+    strides = array.strides
+    return shape, (strides[block], strides[head], strides[token], array.itemsize)
+
+
+def as_blocks(array: np.ndarray, argument: str, layout: str) -> Blocks:
+    """K or V as `block_placement` says."""
+    check_array(array, argument, layout)
+    if not arrays.is_readable(array) or not has_forward_rows(array):
+        array = array.copy(order="C")
+    if not array.size:  # no token is read, yet blocks have an address
+        array = np.zeros([max(n, 1) for n in array.shape], array.dtype)
     format = FORMATS[ARRAY_FORMATS[array.dtype.name]]
-    view = as_strided(
-        array.view(format.storage_dtype),
-        (array.shape[block], array.shape[head], size, array.shape[-1]),
-        (array.strides[block], array.strides[head], array.strides[token], array.itemsize),
-        writeable=False,
-    )
+    placement = block_placement(array, layout)
+    view = as_strided(array.view(format.storage_dtype), *placement, writeable=False)
     return Blocks.of_rows(view, format.index)
 
 
+def _block_size(array: Any, token: int) -> int:
+    return max(_SMALLEST_BLOCK, 1 << max(0, int(array.shape[token]) - 1).bit_length())
+
+
 def contiguous_plan(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
+    q: Any,
+    k: Any,
+    v: Any,
     query_cut: Any | None,
     kv_cut: Any | None,
     layout: str,
@@ -89,8 +106,7 @@ def contiguous_plan(
                 f"k: expected at least as many keys as queries for causal sequence {s}, "
                 f"{starts[s + 1] - starts[s]}, got {lens[s]}"
             )
-    size = max(_SMALLEST_BLOCK, 1 << max(0, int(k.shape[token]) - 1).bit_length())
-    return Plan.from_tables(firsts.reshape(-1, 1), lens, starts, size)
+    return Plan.from_tables(firsts.reshape(-1, 1), lens, starts, _block_size(k, token))
 
 
 def _ragged(

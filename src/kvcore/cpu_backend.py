@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from kvcore import arrays, checks, quantize
+from kvcore import arrays, checks, quantize, user_blocks
 from kvcore._native import attention
 from kvcore._native.blocks import Blocks, Plan
 from kvcore.attend_options import AttendOptions, packed_mask, per_head, token_positions
-from kvcore.contiguous import ARRAY_FORMATS, as_blocks, contiguous_plan
+from kvcore.contiguous import as_blocks, contiguous_plan
 from kvcore.cpu_storage import CpuStorage
-from kvcore.errors import InvalidArgument, InvalidType, NotFinite, TokensReleased
-from kvcore.formats import FORMATS, get_format
+from kvcore.errors import InvalidArgument, InvalidType, NotFinite
+from kvcore.formats import get_format
 from kvcore.machine import get_isa, get_num_threads
-from kvcore.spec import MAX_HEAD_DIM, CacheSpec
+from kvcore.spec import CacheSpec
 
 
 class CpuBackend:
@@ -52,11 +52,7 @@ class CpuBackend:
         if k_blocks.needs_finite:
             _check_finite(k_rows, "k", plan, number)
         if storage.v_in_k[layer]:
-            if v is not None:
-                raise InvalidArgument(
-                    f"v: expected None, as V of layer {layer} is the first "
-                    f"{storage.v_in_k[layer]} elements of k, got {type(v).__name__}"
-                )
+            checks.no_v(v, layer, storage.v_in_k[layer])
             attention.append(plan, k_rows, number, k_blocks)
             return
         v_rows = _rows_for(v, "v", layout, plan, v_blocks)
@@ -118,17 +114,8 @@ class CpuBackend:
         v_view = k_view
         if not lies_in_k:
             v_view = _user_blocks(v_blocks, "v_blocks", layout, writable=True)
-        _check_pair(k_view, v_view)
-        row = arrays.as_index(slots, "slots", 1)
-        block_size = k_view.block_size
-        limit = k_view.array.shape[0] * block_size
-        if row.size and (row.min() < -1 or row.max() >= limit):
-            raise InvalidArgument(
-                f"slots: expected -1 (skip) to {limit - 1}, got {row.min()} to {row.max()}"
-            )
-        if not row.size:
-            raise InvalidArgument("slots: expected at least one, got none")
-        plan = Plan.from_slots(row, block_size)
+        user_blocks.check_pair(k_view.array, v_view.array, layout)
+        plan = user_blocks.plan_of_slots(slots, len(k_view.array), k_view.block_size)
         k_rows = _rows_for(k, "k", "NHD", plan, k_view)
         if not lies_in_k:
             v_rows = _rows_for(v, "v", "NHD", plan, v_view)
@@ -150,16 +137,17 @@ class CpuBackend:
     ) -> Any:
         k_view = _user_blocks(k_blocks, "k_blocks", layout)
         v_view = _user_blocks(v_blocks, "v_blocks", layout)
-        _check_pair(k_view, v_view)
-        narrowed = options.window is not None or options.mask is not None
-        plan = _user_plan(block_tables, seq_lens, query_starts, k_view, narrowed)
-        try:
+        user_blocks.check_pair(k_view.array, v_view.array, layout)
+        plan = user_blocks.plan_of_tables(
+            block_tables,
+            seq_lens,
+            query_starts,
+            len(k_view.array),
+            k_view.block_size,
+            options.is_narrowed,
+        )
+        with user_blocks.missing_blocks_named():
             return _attend(plan, q, k_view, v_view, "NHD", options, return_lse, None)
-        except TokensReleased:
-            raise InvalidArgument(
-                "block_tables: expected -1 only where window and mask let no token see, got -1 "
-                "between the first and the last token that one sees"
-            ) from None
 
     def attention(
         self,
@@ -180,14 +168,9 @@ class CpuBackend:
         return _attend(plan, queries, k_blocks, v_blocks, layout, options, return_lse, out)
 
     def merge_states(self, outs: Any, lses: Any) -> tuple[np.ndarray, np.ndarray]:
-        parts = _float32(outs, "outs")
-        part_lses = _float32(lses, "lses")
-        if parts.ndim < 2 or parts.shape[0] < 1 or parts.shape[-1] % 8 or not parts.shape[-1]:
-            raise InvalidArgument(
-                "outs: expected shape [P, ..., D] with P >= 1 and D a multiple of 8, "
-                f"got {list(parts.shape)}"
-            )
-        checks.shape(part_lses.shape, parts.shape[:-1], "lses", "outs.shape[:-1]")
+        parts, part_lses = arrays.as_array(outs, "outs"), arrays.as_array(lses, "lses")
+        arrays.check_partials(parts, part_lses)
+        parts, part_lses = arrays.dense(parts), arrays.dense(part_lses)
         out, lse = np.empty(parts.shape[1:], np.float32), np.empty(part_lses.shape[1:], np.float32)
         if lse.size:
             flat = parts.reshape(parts.shape[0], -1, parts.shape[-1])
@@ -223,21 +206,7 @@ def _rows_for(
     if attention.fits(plan, array, arrays.LAYOUTS[layout], blocks, grouped):
         return array
     array = arrays.as_rows(value, argument)
-    arrays.check_rows(
-        array,
-        argument,
-        layout,
-        num_tokens=plan.num_tokens,
-        num_sequences=plan.num_sequences,
-        max_new=plan.max_new,
-        num_heads=None if grouped else blocks.num_heads,
-        head_dim=blocks.head_dim,
-    )
-    num_heads = array.shape[layout.index("H")]
-    if num_heads == 0 or num_heads % blocks.num_heads:
-        raise InvalidArgument(
-            f"{argument}: expected a multiple of {blocks.num_heads} heads, got {num_heads}"
-        )
+    arrays.check_rows(array, argument, layout, plan, blocks.num_heads, blocks.head_dim, grouped)
     return array
 
 
@@ -287,13 +256,6 @@ def _attend(
     )
 
 
-def _float32(value: Any, argument: str) -> np.ndarray:
-    array = arrays.as_array(value, argument)
-    if array.dtype != np.float32:
-        raise InvalidType(f"{argument}: expected float32, got {array.dtype}")
-    return arrays.dense(array)
-
-
 def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if not isinstance(out, np.ndarray) or out.dtype != dtype:
         came = out.dtype.name if isinstance(out, np.ndarray) else type(out).__name__
@@ -306,82 +268,15 @@ def _check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
         )
 
 
-_BLOCK_FORMATS = {**ARRAY_FORMATS, "uint16": "bf16"}
-_BLOCK_LAYOUTS = {"HND": "[N, H, B, D]", "NHD": "[N, B, H, D]"}
-
-
 def _user_blocks(value: Any, argument: str, layout: str, *, writable: bool = False) -> Blocks:
     """A caller's [N, H, B, D] or [N, B, H, D] array as blocks of the format its dtype names."""
     array = arrays.as_array(value, argument)
-    name = _BLOCK_FORMATS.get(array.dtype.name)
-    if name is None:
-        raise InvalidType(
-            f"{argument}: expected float32, float16 or bfloat16 (or its bits as uint16), "
-            f"got {array.dtype.name}"
-        )
-    axes = _BLOCK_LAYOUTS.get(layout)
-    if axes is None:
-        raise InvalidArgument(f'layout: expected "HND" or "NHD", got {layout!r}')
-    if array.ndim != 4 or 0 in array.shape:
-        raise InvalidArgument(f"{argument}: expected shape {axes}, got {list(array.shape)}")
+    format = user_blocks.block_format(array, argument, layout)
     if writable and not array.flags.writeable:
         raise InvalidArgument(f"{argument}: expected a writable array")
     if not arrays.is_readable(array):
         raise InvalidArgument(
             f"{argument}: expected a dense last axis, got strides {array.strides}"
         )
-    view = quantize.storage_view(array, FORMATS[name], argument)
-    return Blocks.of_rows(view, FORMATS[name].index, layout == "NHD")
-
-
-def _check_pair(k_blocks: Blocks, v_blocks: Blocks) -> None:
-    checks.shape(
-        v_blocks.array.shape[:3], k_blocks.array.shape[:3], "v_blocks", "k_blocks.shape[:3]"
-    )
-    block_size = k_blocks.block_size
-    if block_size < 16 or block_size & (block_size - 1):
-        raise InvalidArgument(
-            f"k_blocks: expected a block size that is a power of two >= 16, got {block_size}"
-        )
-    for blocks, argument in ((k_blocks, "k_blocks"), (v_blocks, "v_blocks")):
-        if blocks.head_dim % 8 or blocks.head_dim > MAX_HEAD_DIM:
-            raise InvalidArgument(
-                f"{argument}: expected a head_dim that is a multiple of 8, at most "
-                f"{MAX_HEAD_DIM}, got {blocks.head_dim}"
-            )
-
-
-def _user_plan(
-    block_tables: Any, seq_lens: Any, query_starts: Any, blocks: Blocks, narrowed: bool
-) -> Plan:
-    """The plan that a caller's own books describe, checked so that no read leaves the blocks.
-
-    `narrowed`: no token may see some blocks, which are then allowed to be -1.
-    """
-    tables = arrays.as_index(block_tables, "block_tables", 2)
-    lens = arrays.as_index(seq_lens, "seq_lens", 1)
-    starts = arrays.as_index(query_starts, "query_starts", 1)
-    count = lens.shape[0]
-    if count < 1:
-        raise InvalidArgument("seq_lens: expected at least one sequence, got none")
-    checks.shape(tables.shape[:1], (count,), "block_tables", "[S, W], of which [S]")
-    checks.shape(starts.shape, (count + 1,), "query_starts", "[S + 1]")
-    new = np.diff(starts)
-    if starts[0] != 0 or (new < 0).any() or starts[-1] < 1:
-        raise InvalidArgument(
-            f"query_starts: expected 0 first, never falling and at least 1 last, got {starts}"
-        )
-    block_size, num_blocks = blocks.block_size, blocks.array.shape[0]
-    if (lens < new).any() or lens.max() > tables.shape[1] * block_size:
-        raise InvalidArgument(
-            f"seq_lens: expected from the number of new tokens to {tables.shape[1]} blocks of "
-            f"{block_size}, got {lens}"
-        )
-    columns = -(-lens // block_size)
-    used = tables[np.arange(tables.shape[1]) < columns[:, None]]
-    if used.size and (used.min() < -narrowed or used.max() >= num_blocks):
-        raise InvalidArgument(
-            f"block_tables: expected blocks 0 to {num_blocks - 1} in the columns that seq_lens "
-            f"covers, got {used.min()} to {used.max()}"
-        )
-    return Plan.from_tables(tables, lens, starts, block_size)
+    view = quantize.storage_view(array, format, argument)
+    return Blocks.of_rows(view, format.index, layout == "NHD")

@@ -17,14 +17,10 @@ def quantize(x: Any, format: Format, scales: Any | None, bias: Any | None) -> np
     """See kvcore.ops.quantize."""
     rows = arrays.dense(arrays.as_array(x, "x"))
     number = arrays.dtype_number(rows, "x")
+    shape = encoded_shape(format, rows.shape)
     head_dim = rows.shape[-1]
-    if head_dim % format.head_dim_multiple or not 0 < head_dim <= MAX_HEAD_DIM:
-        raise InvalidArgument(
-            f"x: expected a last axis that is a multiple of {format.head_dim_multiple} for "
-            f"{format.name}, at most {MAX_HEAD_DIM}, got shape {list(rows.shape)}"
-        )
-    channels = _channels(format, scales, bias, head_dim)
-    code = np.empty(_encoded_shape(format, rows), format.storage_dtype)
+    channels = channels_of(format, scales, bias, head_dim)
+    code = np.empty(shape, format.storage_dtype)
     if rows.size:
         try:
             quant.quantize(rows.reshape(-1, head_dim), number, format.index, *channels, code)
@@ -38,8 +34,8 @@ def quantize(x: Any, format: Format, scales: Any | None, bias: Any | None) -> np
 def dequantize(code: Any, format: Format, scales: Any | None, bias: Any | None) -> np.ndarray:
     """See kvcore.ops.dequantize."""
     codes = arrays.dense(storage_view(arrays.as_array(code, "code"), format, "code"))
-    shape = _decoded_shape(format, codes)
-    channels = _channels(format, scales, bias, shape[-1])
+    shape = decoded_shape(format, codes.shape)
+    channels = channels_of(format, scales, bias, shape[-1])
     rows = np.empty(shape, np.float32)
     if rows.size:
         quant.dequantize(codes, format.index, arrays.F32, *channels, rows.reshape(-1, shape[-1]))
@@ -58,26 +54,33 @@ def storage_view(array: np.ndarray, format: Format, argument: str) -> np.ndarray
     return array
 
 
-def _encoded_shape(format: Format, rows: np.ndarray) -> tuple[int, ...]:
-    *outer, head_dim = rows.shape
+def encoded_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the codes of rows [..., D]."""
+    *outer, head_dim = shape
+    if head_dim % format.head_dim_multiple or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise InvalidArgument(
+            f"x: expected a last axis that is a multiple of {format.head_dim_multiple} for "
+            f"{format.name}, at most {MAX_HEAD_DIM}, got shape {list(shape)}"
+        )
     if format.kind == "float":
-        return rows.shape
+        return shape
     if format.kind == "row":
         return (*outer, format.row_nbytes(head_dim))
     if not outer or outer[-1] % GROUP_TOKENS:
         raise InvalidArgument(
             f"x: expected shape [..., {GROUP_TOKENS} * G, D] for {format.name}, which encodes "
-            f"{GROUP_TOKENS} tokens as one, got {list(rows.shape)}"
+            f"{GROUP_TOKENS} tokens as one, got {list(shape)}"
         )
     groups = outer[-1] // GROUP_TOKENS
     return (*outer[:-1], groups, GROUP_TOKENS * format.row_nbytes(head_dim))
 
 
-def _decoded_shape(format: Format, codes: np.ndarray) -> tuple[int, ...]:
+def decoded_shape(format: Format, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the rows of codes that `encoded_shape` describes."""
     tokens = GROUP_TOKENS if format.kind == "channel" else 1
-    if not codes.ndim or (tokens > 1 and codes.ndim < 2):
-        raise InvalidArgument(f"code: expected what quantize gave, got shape {list(codes.shape)}")
-    *outer, size = codes.shape
+    if not shape or (tokens > 1 and len(shape) < 2):
+        raise InvalidArgument(f"code: expected what quantize gave, got shape {list(shape)}")
+    *outer, size = shape
     head_dim = size
     if format.is_quantized:
         per_element = format.element_bits + format.element_metadata_bits
@@ -89,14 +92,14 @@ def _decoded_shape(format: Format, codes: np.ndarray) -> tuple[int, ...]:
         raise InvalidArgument(
             f"code: expected a last axis that holds {format.name} of a multiple of "
             f"{format.head_dim_multiple} elements, at most {MAX_HEAD_DIM}, "
-            f"got shape {list(codes.shape)}"
+            f"got shape {list(shape)}"
         )
     if tokens > 1:
         return (*outer[:-1], outer[-1] * tokens, head_dim)
     return (*outer, head_dim)
 
 
-def _channels(
+def channels_of(
     format: Format, scales: Any | None, bias: Any | None, head_dim: int
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """bias and scales, checked, in the order in which the core takes them."""
