@@ -63,7 +63,7 @@ def _gpu(
     links: tuple[float, float],
     source: str,
 ) -> Device:
-    """chip: multiprocessors, KiB of shared memory, MiB of L2; links: GB/s to a peer and the host."""
+    """chip: multiprocessors, KiB of shared memory, MiB of L2; links: GB/s to a peer, to host."""
     fp16, fp8 = tflops
     return Device(
         name,

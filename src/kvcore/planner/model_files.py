@@ -43,7 +43,7 @@ def read_model(path: str | Path) -> Model:
     try:
         if file.suffix == ".gguf":
             return _from_gguf(file)
-        return _from_config(place.resolve().name, file)
+        return _from_config(file.resolve().parent.name, file)
     except InvalidArgument as error:
         raise ModelFileError(f"{file}: {error}") from error
 
