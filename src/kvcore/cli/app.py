@@ -14,6 +14,7 @@ from .evaluate import evaluate_formats
 from .generate import generate
 from .info import info
 from .parity import parity
+from .plan import plan_memory
 
 
 class Mendable(click.ClickException):
@@ -70,5 +71,5 @@ def app(debug: bool) -> None:
     """The KV-cache core of LLM inference, and language models on it."""
 
 
-for command in (generate, info, demo, evaluate_formats, parity):
+for command in (generate, info, demo, evaluate_formats, parity, plan_memory):
     app.add_command(command)

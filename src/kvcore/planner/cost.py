@@ -66,7 +66,11 @@ class StepCost:
 
     def seconds(self, device: Device) -> float:
         """The least time of the step."""
-        return self.weights.seconds(device) + self.attention.seconds(device)
+        return self.weights.seconds(device) + self.attention_seconds(device)
+
+    def attention_seconds(self, device: Device) -> float:
+        """That of its attention; on a device that was measured, the time expected."""
+        return self.attention.seconds(device) / device.attention_share
 
     def tokens_per_second(self, device: Device) -> float:
         """New tokens a second, all sequences together."""

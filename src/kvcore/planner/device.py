@@ -27,6 +27,7 @@ class Device:
         link_bandwidth: bytes a second to another device, in one direction.
         host_bandwidth: bytes a second to the host's memory, in one direction.
         source: where the figures are from.
+        attention_share: how near decode attention comes to `bandwidth`, 0 to 1; 1 is the roof.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Device:
     link_bandwidth: float
     host_bandwidth: float
     source: str
+    attention_share: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("memory", "bandwidth", "fp16_flops", "link_bandwidth", "host_bandwidth"):
