@@ -204,6 +204,10 @@ class StrictBackend:
     def allocate(self, spec: Any, num_blocks: Any, device: int | None) -> Any:
         return self._cpu.allocate(spec, num_blocks, None)
 
+    def read(self, *args: Any) -> tuple[Any, Any]:
+        k, v = self._cpu.read(*args)
+        return self.xp.wrap(k), self.xp.wrap(v)
+
     def append(self, storage: Any, layer: int, plan: Any, k: Any, v: Any, layout: str) -> None:
         values = None if v is None else opened_array(v)
         self._cpu.append(storage, layer, plan, opened_array(k), values, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -21,9 +22,9 @@ def run(monkeypatch):
     monkeypatch.setitem(kvcore.backend._loaded, "cuda", StrictBackend())
 
     def load(_model, backend="cpu", *, device=None, **_options):
-        return make_model(backend=backend, device=device)
+        return make_model(head_dim=64, backend=backend, device=device)
 
-    for command in ("generate", "demo"):
+    for command in ("generate", "demo", "evaluate"):
         monkeypatch.setattr(f"kvcore.cli.{command}.load", load)
 
     def invoke(*arguments):
@@ -37,7 +38,7 @@ def run(monkeypatch):
 )
 def test_generate(run, size):
     result = run("generate", "hello", "--max-tokens", "9", *size, *PLACE)
-    model = make_model(backend="cuda", device=DEVICE)
+    model = make_model(head_dim=64, backend="cuda", device=DEVICE)
     assert result.stdout == generate(model, ["hello"], max_tokens=9)[0].text + "\n"
     assert result.exit_code == 0
 
@@ -50,12 +51,24 @@ def test_demo(run):
     assert re.search(r"GB/s, by the maximum of each array\): a token is", result.stdout)
 
 
+def test_eval(run):
+    options = ["--length", "60", "--recall-length", "20", "--json", "-", "--raw", "without"]
+    found, expected = (
+        json.loads(run("eval", "--formats", "rot8+bias/rot8", *options, *place).stdout)
+        for place in (PLACE, [])
+    )
+    assert found["device"] == f"device {DEVICE}"
+    for name in ("kl", "perplexity", "error_mean"):
+        ours, theirs = (data["results"][0][name] for data in (found, expected))
+        assert ours == pytest.approx(theirs, rel=1e-2)
+
+
 def test_info(run):
     assert f"device   device {DEVICE}\n" in run("info", *PLACE).stdout
     assert f"device   {kvcore.get_backend('cpu').describe(None)}\n" in run("info").stdout
 
 
-@pytest.mark.parametrize("command", [("generate", "x"), ("demo",), ("info",)])
+@pytest.mark.parametrize("command", [("generate", "x"), ("demo",), ("eval",), ("info",)])
 def test_what_is_not_there_is_one_line(run, command):
     for place, message in [
         (["--device", "0"], "error: device: expected None"),

@@ -9,7 +9,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import get_backend, set_num_threads
+from .. import set_num_threads
 from ..cache import KVCache
 from ..models import Model, load
 from ..models.completion import Completion
@@ -43,8 +43,8 @@ def demo(
     start = time.perf_counter()
     loaded = load(model, backend, device=device)
     click.echo(f"{loaded!r}")
-    computes = get_backend(backend).describe(device)
-    click.echo(f"loaded in {time.perf_counter() - start:.1f} s; {computes}\n")
+    seconds = time.perf_counter() - start
+    click.echo(f"loaded in {seconds:.1f} s; {loaded.device.describe()}\n")
     lengths = [n for n in LENGTHS if n <= loaded.config.max_context]
     spec = loaded.cache_spec(BLOCK_SIZE, slack=1)  # what is measured repeats the last token
     cache = loaded.device.make_cache(spec, num_blocks=2 * -(-max(lengths) // BLOCK_SIZE))

@@ -22,6 +22,7 @@ from ..evaluation import (
 )
 from ..evaluation.cases import RAW_CHOICES, Case
 from ..models import Model, load
+from .options import device_options
 
 FORMATS = (
     "bf16,rot8+bias/rot8,rot6+bias/rot6,rot6+bias/rot4,chan4/rot4,rot4+bias/rot4,chan4/rot3,"
@@ -56,6 +57,7 @@ FORMATS = (
 @click.option("--json", "json_file", metavar="FILE", help="Write all numbers; - for stdout.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw KL and recall against bits.")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads of kvcore's kernels.")
+@device_options
 def evaluate_formats(**options: Any) -> None:
     """Run real text through a model and tell what each format of its cache costs.
 
@@ -68,7 +70,12 @@ def evaluate_formats(**options: Any) -> None:
         options["formats"], options["raw"], options["raw_first"], options["raw_last"]
     )
     _check_files(options["json_file"], options["plot_file"])
-    model = load(options["model"], progress=sys.stderr.isatty())
+    model = load(
+        options["model"],
+        options["backend"],
+        device=options["device"],
+        progress=sys.stderr.isatty(),
+    )
     if options["calibrate_to"] is not None:
         _save(calibrate(model, texts, length=options["length"]), options["calibrate_to"])
         return

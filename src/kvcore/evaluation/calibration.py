@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.cache import KVCache
 from kvcore.errors import InvalidArgument, UnsupportedError
 from kvcore.evaluation.texts import CALIBRATING, Text, packaged_texts
 
@@ -128,11 +127,14 @@ class _Statistics:
 def _run(model: Model, tokens: NDArray[np.int32]) -> list[tuple[Any, Any]]:
     """K and V of each layer, float32 [n, H, D], after `tokens`."""
     spec = model.cache_spec(k_format="fp32", v_format="fp32", slack=len(tokens))
-    cache = KVCache(spec, num_blocks=-(-len(tokens) // spec.groups[0].block_size))
-    sequence = cache.sequence()
-    with cache.step([(sequence, len(tokens))]) as step:
-        model.decoder.forward(step, tokens, logits="none")
-    return [sequence.read(layer) for layer in range(spec.num_layers)]
+    device, num_blocks = model.device, -(-len(tokens) // spec.groups[0].block_size)
+    with device.active():
+        cache = device.make_cache(spec, num_blocks=num_blocks)
+        sequence = cache.sequence()
+        with cache.step([(sequence, len(tokens))]) as step:
+            model.decoder.forward(step, tokens, logits="none")
+        pairs = [sequence.read(layer) for layer in range(spec.num_layers)]
+        return [(device.get(k), device.get(v)) for k, v in pairs]
 
 
 def _round_to_bf16(values: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -19,7 +19,6 @@ from kvcore.evaluation.results import Evaluation
 from kvcore.evaluation.subject import Subject, summarize
 from kvcore.evaluation.texts import Text, encode_text, packaged_texts
 from kvcore.evaluation.witness import Witness
-from kvcore.machine import get_isa, get_num_threads
 
 if TYPE_CHECKING:
     from kvcore.models import Model
@@ -80,12 +79,13 @@ def evaluate(
     passages = {text.name: encode_text(model, text, length) for text in chosen}
     repeated = _recall_passages(np.concatenate(list(passages.values())), recall_length, seed)
     longest = max(length, 2 * recall_length) + _TIMED
-    probe = _Probe(model, cases, longest, chunk, block_size, calibration)
     runs = [*repeated.items(), *passages.items()]
-    probe.track(progress, sum(len(tokens) for _, tokens in runs))
-    for name, tokens in runs:
-        probe.run(name, tokens, witness=name in passages)
-    probe.time_decoding(tokens)
+    with model.device.active():
+        probe = _Probe(model, cases, longest, chunk, block_size, calibration)
+        probe.track(progress, sum(len(tokens) for _, tokens in runs))
+        for name, tokens in runs:
+            probe.run(name, tokens, witness=name in passages)
+        probe.time_decoding(tokens)
     results = [
         summarize(subject, probe.reference, list(passages), list(repeated), length)
         for subject in probe.subjects
@@ -95,8 +95,7 @@ def evaluate(
         length=length,
         chunk=chunk,
         recall_length=recall_length,
-        isa=get_isa(),
-        num_threads=get_num_threads(),
+        device=model.device.describe(),
         reference=results[0],
         results=tuple(results[1:]),
     )
@@ -121,7 +120,9 @@ class _Probe:
         self._model = model
         self._chunk = chunk
         specs = [(case, case.spec(model, block_size, calibration)) for case in (REFERENCE, *cases)]
-        self.subjects = [Subject(case, spec, num_tokens, chunk) for case, spec in specs]
+        self.subjects = [
+            Subject(case, spec, model.device, num_tokens, chunk) for case, spec in specs
+        ]
         self.reference, *self._tested = self.subjects
         self._progress: Callable[[int, int], None] = lambda done, total: None
         self._done = self._total = 0
@@ -170,11 +171,15 @@ class _Probe:
             step = begin(self.reference, self.reference.own)
             others = [begin(subject, subject.shadow) for subject in self._tested]
             watched = Witness(step, others, [subject.errors for subject in self._tested])
-            return self._model.decoder.forward(cast("Step", watched), tokens, logits="all")
+            return self._logits(cast("Step", watched), tokens, "all")
 
     def _forward(self, subject: Subject, tokens: Tokens, logits: str) -> Any:
         with subject.cache.step([(subject.own, len(tokens))]) as step:
-            return self._model.decoder.forward(step, tokens, logits=logits)
+            return self._logits(step, tokens, logits)
+
+    def _logits(self, step: Step, tokens: Tokens, logits: str) -> Any:
+        model = self._model
+        return model.device.get(model.decoder.forward(step, tokens, logits=logits))
 
     def _advance(self, count: int) -> None:
         self._done += count

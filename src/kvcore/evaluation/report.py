@@ -30,7 +30,7 @@ def summary(evaluation: Evaluation) -> list[str]:
     texts = ", ".join(f"{name} {text.perplexity:.2f}" for name, text in e.reference.texts.items())
     lines = [
         f"{e.model}: {len(e.reference.texts)} texts of {e.length:,} tokens in steps of {e.chunk}, "
-        f"{e.isa} kernels, {e.num_threads} threads.",
+        f"{e.device}.",
         f"float32 perplexity: {texts}.",
         "bits: of an element; at a length: with the blocks of raw rows. < bf16 from: tokens.",
         "ppl, KL (nats), top-1: against the float32 cache. error: relative, of attention's output "

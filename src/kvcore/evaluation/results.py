@@ -97,7 +97,7 @@ class Evaluation:
         length: tokens of each text.
         chunk: tokens that went through the model in one step.
         recall_length: tokens of a copy in the test of recall; 0 if there was none.
-        isa, num_threads: what computed.
+        device: what computed, in words.
         reference: the float32 cache, as a case.
         results: each case, in order.
     """
@@ -106,8 +106,7 @@ class Evaluation:
     length: int
     chunk: int
     recall_length: int
-    isa: str
-    num_threads: int
+    device: str
     reference: Result
     results: tuple[Result, ...]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.cache import KVCache
 from kvcore.evaluation.cases import Case
 from kvcore.evaluation.metrics import Comparison, join, perplexity, relative_change
 from kvcore.evaluation.results import LONG, Recall, Result, Sizes, TextResult
 from kvcore.evaluation.witness import OutputErrors
 
 if TYPE_CHECKING:
+    from kvcore.models import Device
     from kvcore.spec import CacheSpec
 
 
@@ -25,6 +25,7 @@ class Subject:
     Args:
         case: what it is.
         spec: of its cache.
+        device: where that lies.
         num_tokens: the longest text, what is decoded behind it included.
         chunk: the most tokens of one step.
 
@@ -35,13 +36,15 @@ class Subject:
         seconds: of each decoded token.
     """
 
-    def __init__(self, case: Case, spec: CacheSpec, num_tokens: int, chunk: int) -> None:
+    def __init__(
+        self, case: Case, spec: CacheSpec, device: Device, num_tokens: int, chunk: int
+    ) -> None:
         self.case = case
         blocks = [2 * group.blocks_for(num_tokens, chunk) for group in spec.groups]
-        self.cache = KVCache(spec, num_blocks=blocks)
+        self.cache = device.make_cache(spec, num_blocks=blocks)
         self.own = self.cache.sequence()
         self.shadow = self.cache.sequence()
-        self.errors = OutputErrors(spec.num_layers)
+        self.errors = OutputErrors(spec.num_layers, device.get)
         self.seconds: list[float] = []
         self._passages: dict[str, list[Comparison]] = defaultdict(list)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from kvcore.step import Step
@@ -16,18 +17,23 @@ class OutputErrors:
 
     Args:
         num_layers: L.
+        to_host: makes NumPy's arrays of outputs.
 
     Attributes:
         largest: float64 [L], the largest of each layer.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(
+        self, num_layers: int, to_host: Callable[[Any], NDArray[Any]] = np.asarray
+    ) -> None:
+        self._to_host = to_host
         self.largest = np.zeros(num_layers)
         self._sums = np.zeros(num_layers)
         self._counts = np.zeros(num_layers, np.int64)
 
     def add(self, layer: int, out: Any, reference: Any) -> None:
         """Takes the outputs [T, Hq, Dv] of one call."""
+        out, reference = self._to_host(out), self._to_host(reference)
         size = np.einsum("...d,...d->...", reference, reference)
         difference = out - reference
         error = np.einsum("...d,...d->...", difference, difference)

@@ -46,6 +46,10 @@ class Device:
     def __repr__(self) -> str:
         return _name(self.backend, self.number)
 
+    def describe(self) -> str:
+        """What computes here, in a few words."""
+        return self.backend.describe(self.number)
+
     def make_cache(self, spec: CacheSpec, *counts: Any, **options: Any) -> KVCache:
         """A cache whose blocks lie here; arguments are those of `KVCache`."""
         return KVCache(spec, *counts, backend=self.backend.name, device=self.number, **options)

@@ -173,7 +173,8 @@ class Generator:
         """
         start = time.perf_counter()
         try:
-            batch = self._schedule_and_run()
+            with self.model.device.active():
+                batch = self._schedule_and_run()
             events = []
             for work, token in batch:
                 if token is not None:
@@ -218,7 +219,7 @@ class Generator:
                 self.scheduler.preempt()
                 self.metrics.preemptions += 1
                 continue
-            with step, self.model.device.active():
+            with step:
                 tokens = np.concatenate([work.tokens for work in batch])
                 rows = [row for row, work in enumerate(batch) if work.wants_logits]
                 logits = self.model.decoder.forward(step, tokens, logits="last" if rows else "none")
