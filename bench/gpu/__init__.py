@@ -1,0 +1,1 @@
+"""What bench.gpu_report measures on a GPU, each part in a process of its own."""
