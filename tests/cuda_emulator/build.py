@@ -31,7 +31,15 @@ def compile_kernel(
     """A shared object of kernels/`source`; `changed`: texts that stand for the package's."""
     texts = sources.collect(source, changed)
     macros = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    flags = [*_FLAGS, *_cpu_flags(), "-O1", "-fvisibility=hidden", "-DKV_HOST_EMULATION", *macros]
+    flags = [
+        *_FLAGS,
+        *_cpu_flags(),
+        "-O1",
+        "-fvisibility=hidden",
+        "-fstack-clash-protection",
+        "-DKV_HOST_EMULATION",
+        *macros,
+    ]
     flags += _CHECK if check else []
     headers = {path.name: path.read_text() for path in HERE.glob("*.hpp")}
     key = sources.digest({**texts, **headers}, source, *flags, _compiler_version())
@@ -41,8 +49,8 @@ def compile_kernel(
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        _run(*flags, f"-I{folder}", f"-I{HERE}", "-c", "-x", "c++", folder / source, "-o",
-             folder / "kernel.o")  # fmt: skip
+        flags.extend([f"-ffile-prefix-map={folder}/=", f"-I{folder}", f"-I{HERE}"])
+        _run(*flags, "-x", "c++", "-c", folder / source, "-o", folder / "kernel.o")
         # Linked without the sanitizer: the emulator's library has the hooks.
         rpath = f"-Wl,-rpath,{library().parent}"
         _run("-shared", folder / "kernel.o", library(), rpath, "-o", folder / "kernel.so")
@@ -64,6 +72,18 @@ def library() -> Path:
         _run(*flags, "-shared", *units, "-o", folder / "libkvemulator.so")
 
     return _cached(f"library-{key}", build) / "libkvemulator.so"
+
+
+def line_of(kernel: Path, offset: str) -> str:
+    """The lines of source at a place in a compiled kernel, the innermost inlined call first."""
+    tool = shutil.which("addr2line")
+    if tool is None:
+        return offset
+    # A return address is that of the next instruction, which may be of another line.
+    call = hex(int(offset, 16) - 1)
+    command = [tool, "-i", "-e", str(kernel), call]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+    return " in ".join(Path(line.split(" ")[0]).name for line in lines if line)
 
 
 def compiler() -> str | None:

@@ -1,7 +1,5 @@
 #include "checker.hpp"
 
-#include <link.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -44,7 +42,6 @@ struct Checker {
     u32 barriers;
     u32 written[MAX_THREADS], fenced[MAX_THREADS];
     bool unfenced[MAX_THREADS];
-    uintptr_t image_begin, image_end; /* of the kernel's shared object */
 };
 
 Checker checker;
@@ -206,34 +203,21 @@ static bool is_private(uintptr_t address, bool write) {
     if (write)
         return false;
     return address - (uintptr_t)machine.params < machine.kernel->params_size ||
-           (checker.image_begin <= address && address < checker.image_end);
+           (machine.image_begin <= address && address < machine.image_end);
 }
 
-static void access(const void *address, u32 bytes, bool write) {
+static void access(const void *address, u32 bytes, bool write, void *caller) {
     if (!checker.on || machine.current == &machine.main)
         return;
+    machine.place = (uintptr_t)caller;
     if (is_shared(address, bytes))
         checker_shared(address, bytes, write);
     else if (!is_private((uintptr_t)address, write))
         checker_global(address, bytes, write);
+    machine.place = 0;
 }
 
 /* ---- what a launch tells */
-
-static int find_image(dl_phdr_info *info, size_t, void *) {
-    const uintptr_t inside = (uintptr_t)machine.kernel;
-    uintptr_t begin = UINTPTR_MAX, end = 0;
-    for (int i = 0; i < info->dlpi_phnum; i++) {
-        if (info->dlpi_phdr[i].p_type != PT_LOAD)
-            continue;
-        begin = std::min<uintptr_t>(begin, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
-        end = std::max<uintptr_t>(end, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr +
-                                           info->dlpi_phdr[i].p_memsz);
-    }
-    if (begin <= inside && inside < end)
-        checker.image_begin = begin, checker.image_end = end;
-    return 0;
-}
 
 void checker_launch(bool on, u32 num_ranges, const u64 *begins, const u64 *ends,
                     const u8 *writable) {
@@ -247,13 +231,14 @@ void checker_launch(bool on, u32 num_ranges, const u64 *begins, const u64 *ends,
     const size_t statics = (size_t)(machine.kernel->shared_end - machine.kernel->shared_begin);
     const Access nobody = {NOBODY, 0};
     checker.shadow.assign(SHARED_BYTES + statics, {nobody, {nobody, nobody}});
-    dl_iterate_phdr(find_image, nullptr);
 }
 
 } // namespace emulator
 
-#define KV_HOOK(name, bytes, write) \
-    extern "C" void __tsan_##name(void *address) { emulator::access(address, bytes, write); }
+#define KV_HOOK(name, bytes, write)                                           \
+    extern "C" void __tsan_##name(void *address) {                            \
+        emulator::access(address, bytes, write, __builtin_return_address(0)); \
+    }
 #define KV_HOOKS(bytes)                          \
     KV_HOOK(read##bytes, bytes, false)           \
     KV_HOOK(write##bytes, bytes, true)           \
@@ -265,10 +250,10 @@ KV_HOOKS(4)
 KV_HOOKS(8)
 KV_HOOKS(16)
 extern "C" void __tsan_read_range(void *address, unsigned long bytes) {
-    emulator::access(address, (u32)bytes, false);
+    emulator::access(address, (u32)bytes, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_write_range(void *address, unsigned long bytes) {
-    emulator::access(address, (u32)bytes, true);
+    emulator::access(address, (u32)bytes, true, __builtin_return_address(0));
 }
 extern "C" void __tsan_func_entry(void *) {}
 extern "C" void __tsan_func_exit() {}

@@ -19,7 +19,7 @@
 #define KV_SHARED static __attribute__((section("kv_shared")))
 #define KV_DYNAMIC_SHARED(T, name) T *const name = static_cast<T *>(emulator::dynamic_shared())
 #define KV_KERNEL(name, Params, threads, min_blocks)                                   \
-    static void name##_body(const Params &p);                                          \
+    static __attribute__((noinline)) void name##_body(const Params &p);                \
     extern "C" __attribute__((visibility("default"))) const emulator::Kernel name = {  \
         [](const void *params) { name##_body(*static_cast<const Params *>(params)); }, \
         sizeof(Params), threads, __start_kv_shared, __stop_kv_shared};                 \

@@ -1,8 +1,12 @@
 /* A launch: checks it, runs its blocks one by one, and turns a fault into an error. */
+#include <link.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,12 +50,17 @@ static bool make_room() {
 static const int FAULTS[] = {SIGSEGV, SIGBUS, SIGFPE};
 static struct sigaction former_actions[3];
 
-static void on_fault(int signal, siginfo_t *info, void *) {
+static void on_fault(int signal, siginfo_t *info, void *context) {
     if (machine.current == &machine.main) {
         for (int i = 0; i < 3; i++)
             sigaction(FAULTS[i], &former_actions[i], nullptr);
         return; /* not a kernel's: the instruction faults again, for whoever was there before */
     }
+#ifdef __x86_64__
+    machine.place = (uintptr_t)static_cast<ucontext_t *>(context)->uc_mcontext.gregs[REG_RIP];
+#else
+    (void)context;
+#endif
     fail("%s at address %p", signal == SIGFPE ? "arithmetic fault" : "memory fault", info->si_addr);
 }
 
@@ -79,6 +88,22 @@ struct Faults {
 };
 
 /* ---- blocks */
+
+/* Where the kernel's shared object lies. */
+static int find_image(dl_phdr_info *info, size_t, void *) {
+    const uintptr_t inside = (uintptr_t)machine.kernel;
+    uintptr_t begin = UINTPTR_MAX, end = 0;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        if (info->dlpi_phdr[i].p_type != PT_LOAD)
+            continue;
+        begin = std::min<uintptr_t>(begin, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
+        end = std::max<uintptr_t>(end, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr +
+                                           info->dlpi_phdr[i].p_memsz);
+    }
+    if (begin <= inside && inside < end)
+        machine.image_begin = begin, machine.image_end = end;
+    return 0;
+}
 
 static std::vector<u64> order_of_blocks(u64 count) {
     std::vector<u64> order(count);
@@ -141,6 +166,8 @@ extern "C" int kv_emulator_launch(const emulator::Launch *launch) {
     machine.order = (emulator::Order)launch->order;
     machine.random_state = launch->seed * 0x9E3779B97F4A7C15ull | 1;
     machine.current = &machine.main;
+    machine.place = 0;
+    dl_iterate_phdr(emulator::find_image, nullptr);
     if (!emulator::make_room()) {
         snprintf(machine.error, sizeof machine.error, "no memory for the stacks of the threads");
         return 1;

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class EmulatedFunction:
     """An entry of a compiled source."""
 
     name: str
+    path: Path
     address: int
     library: ctypes.CDLL
 
@@ -177,7 +179,7 @@ class EmulatedRuntime:
                 address = ctypes.addressof(ctypes.c_char.in_dll(library, entry))
             except ValueError:
                 raise InvalidArgument(f"kernels/{source} has no entry {entry}") from None
-            self._functions[key] = EmulatedFunction(entry, address, library)
+            self._functions[key] = EmulatedFunction(entry, path, address, library)
         return self._functions[key]
 
     def launch(
@@ -206,8 +208,9 @@ class EmulatedRuntime:
             launch.num_ranges = len(ranges[0])
         with _one_launch:
             if self._library.kv_emulator_launch(ctypes.byref(launch)):
-                error = self._library.kv_emulator_error().decode()
-                raise EmulationError(f"{function.name}: {error}")
+                error, _, place = self._library.kv_emulator_error().decode().partition(" at +")
+                line = f" at {build.line_of(function.path, place)}" if place else ""
+                raise EmulationError(f"{function.name}: {error}{line}")
 
     def synchronize(self) -> None:
         """Nothing is ever under way."""

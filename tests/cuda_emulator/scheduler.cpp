@@ -97,15 +97,19 @@ void wait() {
 }
 
 void fail(const char *format, ...) {
+    constexpr int ROOM = sizeof machine.error - 120;
     const Fiber *const self = machine.current;
     const Index b = machine.block_index, t = self->index;
     va_list arguments;
     va_start(arguments, format);
-    int n = vsnprintf(machine.error, sizeof machine.error - 80, format, arguments);
+    int n = vsnprintf(machine.error, ROOM, format, arguments);
     va_end(arguments);
-    n = n < (int)sizeof machine.error - 80 ? n : (int)sizeof machine.error - 81;
-    snprintf(machine.error + n, sizeof machine.error - (size_t)n,
-             " [block %u,%u,%u thread %u,%u,%u]", b.x, b.y, b.z, t.x, t.y, t.z);
+    n = n < ROOM ? n : ROOM - 1;
+    n += snprintf(machine.error + n, sizeof machine.error - (size_t)n,
+                  " [block %u,%u,%u thread %u,%u,%u]", b.x, b.y, b.z, t.x, t.y, t.z);
+    if (machine.image_begin <= machine.place && machine.place < machine.image_end)
+        snprintf(machine.error + n, sizeof machine.error - (size_t)n, " at +0x%llx",
+                 (u64)(machine.place - machine.image_begin));
     machine.failed = true;
     switch_to(&machine.main);
     __builtin_unreachable();

@@ -72,6 +72,8 @@ struct Machine {
     const void *params;
     Order order;
     u64 random_state;
+    uintptr_t image_begin, image_end; /* of the kernel's shared object */
+    uintptr_t place;                  /* in it, of the access or fault at hand; or 0 */
     bool failed;
     char error[640];
 };
