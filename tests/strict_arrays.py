@@ -208,6 +208,9 @@ class StrictBackend:
         k, v = self._cpu.read(*args)
         return self.xp.wrap(k), self.xp.wrap(v)
 
+    def available_memory(self, device: int | None) -> int:
+        return 2**22
+
     def append(self, storage: Any, layer: int, plan: Any, k: Any, v: Any, layout: str) -> None:
         values = None if v is None else opened_array(v)
         self._cpu.append(storage, layer, plan, opened_array(k), values, layout)

@@ -79,7 +79,7 @@ def test_arrays_of_a_backend_are_what_its_operations_take_and_give(name):
     assert code.dtype == chosen.xp.float16
 
 
-@pytest.mark.parametrize("method", ["on_device", "describe"])
+@pytest.mark.parametrize("method", ["on_device", "describe", "available_memory"])
 def test_the_cpu_has_no_numbered_devices(method):
     with pytest.raises(kvcore.InvalidArgument, match=r"^device: expected None .* got 0"):
         getattr(kvcore.get_backend("cpu"), method)(0)

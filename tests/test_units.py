@@ -66,6 +66,7 @@ def test_auto_is_a_share_of_what_is_available():
     available = available_memory()
     assert available > 2**20
     assert parse_bytes("auto") == pytest.approx(AUTO_SHARE * available, rel=0.3)
+    assert parse_bytes("auto", available=lambda: 1000) == AUTO_SHARE * 1000
 
 
 @pytest.mark.parametrize(

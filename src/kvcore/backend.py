@@ -63,6 +63,10 @@ class Backend(Protocol):
         """What computes on this device, in a few words; `device` as in `on_device`."""
         ...
 
+    def available_memory(self, device: int | None) -> int:
+        """Bytes that blocks on this device could still take; `device` as in `on_device`."""
+        ...
+
     def allocate(self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None) -> Storage:
         """Memory for num_blocks[p] blocks of each of spec.pools: groups, then their raw rows."""
         ...

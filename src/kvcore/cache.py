@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ class KVCache:
             when that is left out too) need that fill the cache, and 2,048 new tokens of one step;
             but no more than if every token were read raw.
         memory: instead of num_blocks, bytes of storage: a number, a text like "2GiB", or "auto"
-            for half of the memory that is available.
+            for half of the memory that is available on the device.
         sequence_length: tokens of the sequences that the cache is for. With memory, groups with a
             retention then take the blocks that as many of these need as the others have room for;
             when left out, every group has room for as many tokens.
@@ -154,7 +154,12 @@ class KVCache:
         self.backend = get_backend(backend)
         self.device = device
         self.num_blocks, self.num_raw_blocks = _count_blocks(
-            spec, num_blocks, num_raw_blocks, memory, sequence_length
+            spec,
+            num_blocks,
+            num_raw_blocks,
+            memory,
+            sequence_length,
+            lambda: self.backend.available_memory(device),
         )
         self._salts: dict[str | bytes, int] = {}
         raw = dict(zip(spec.raw_groups, self.num_raw_blocks, strict=True))
@@ -340,6 +345,7 @@ def _count_blocks(
     num_raw_blocks: int | Iterable[int] | None,
     memory: int | str | None,
     sequence_length: int | None,
+    available: Callable[[], int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Blocks of each group, and of each pool of raw rows."""
     if (num_blocks is None) == (memory is None):
@@ -353,7 +359,7 @@ def _count_blocks(
         )
     given = tuple(num_raw_blocks) if isinstance(num_raw_blocks, Iterable) else num_raw_blocks
     if memory is not None:
-        counts = spec.blocks_in(parse_bytes(memory), sequence_length, given)
+        counts = spec.blocks_in(parse_bytes(memory, available=available), sequence_length, given)
     else:
         if sequence_length is not None and not spec.raw_groups:
             raise InvalidArgument(

@@ -18,6 +18,7 @@ from kvcore.errors import InvalidArgument, InvalidType, NotFinite
 from kvcore.formats import get_format
 from kvcore.machine import get_isa, get_num_threads
 from kvcore.spec import CacheSpec
+from kvcore.units import available_memory
 
 
 class CpuBackend:
@@ -33,6 +34,10 @@ class CpuBackend:
     def describe(self, device: int | None) -> str:
         _check_device(device)
         return f"{get_num_threads()} threads, {get_isa()} kernels"
+
+    def available_memory(self, device: int | None) -> int:
+        _check_device(device)
+        return available_memory()
 
     def allocate(
         self, spec: CacheSpec, num_blocks: Sequence[int], device: int | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from kvcore.errors import InvalidArgument, InvalidType
@@ -18,10 +19,15 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 AUTO_SHARE = 0.5
 
 
-def parse_bytes(size: int | str, argument: str = "memory") -> int:
+def parse_bytes(
+    size: int | str, argument: str = "memory", available: Callable[[], int] | None = None
+) -> int:
     """Bytes of "2GiB", "512 MB", "1.5GiB", "auto" or a plain number.
 
-    "auto" is AUTO_SHARE of the memory that the system and the process's cgroup have left.
+    Args:
+        size: as above; "auto" is AUTO_SHARE of what is available.
+        argument: named in messages.
+        available: gives the bytes that are; `available_memory` when left out.
 
     Raises:
         InvalidArgument: the text is no size, or the size is not positive.
@@ -32,7 +38,7 @@ def parse_bytes(size: int | str, argument: str = "memory") -> int:
             f'{argument}: expected bytes or a text like "2GiB", got {type(size).__name__}'
         )
     if size == "auto":
-        return int(available_memory() * AUTO_SHARE)
+        return int((available or available_memory)() * AUTO_SHARE)
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         unit = _UNITS.get(match[2].lower()) if match else None

@@ -10,6 +10,7 @@ import pytest
 
 import kvcore
 from greedy import follow
+from kvcore import units
 from kvcore.errors import InvalidArgument
 from kvcore.models import Device, Generator, Model, ModelConfig, SamplingParams, generate, load
 from strict_arrays import (
@@ -133,6 +134,13 @@ def test_a_cache_of_another_device(strict: StrictBackend, tiny_config: MakeConfi
         ):
             model.decoder.forward(step, [1, 2])
         assert len(sequence) == 0
+
+
+def test_memory_is_the_devices(strict: StrictBackend, tiny_config: MakeConfig) -> None:
+    model = Model.random(tiny_config(), seed=1, **PLACE)
+    nbytes = model.device.make_cache(model.cache_spec(), memory="auto").stats().bytes
+    available = strict.available_memory(DEVICE)
+    assert 0.9 * units.AUTO_SHARE * available < nbytes <= units.AUTO_SHARE * available
 
 
 def test_a_device_that_is_not_there() -> None:
