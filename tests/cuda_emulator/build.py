@@ -41,8 +41,8 @@ def compile_kernel(
         *macros,
     ]
     flags += _CHECK if check else []
-    headers = {path.name: path.read_text() for path in HERE.glob("*.hpp")}
-    key = sources.digest({**texts, **headers}, source, *flags, _compiler_version())
+    # Its name is made of all that the emulator consists of, the headers included.
+    key = sources.digest(texts, source, *flags, library().parent.name)
 
     def build(folder: Path) -> None:
         for name, text in texts.items():
@@ -61,7 +61,7 @@ def compile_kernel(
 @cache
 def library() -> Path:
     """The emulator itself."""
-    flags = [*_FLAGS, *_cpu_flags(), "-O2", "-Wall", "-Wextra", "-Werror"]
+    flags = [*_FLAGS, *_cpu_flags(), "-O3", "-Wall", "-Wextra", "-Werror"]
     files = sorted([*HERE.glob("*.hpp"), *HERE.glob("*.cpp")])
     key = sources.digest(
         {path.name: path.read_text() for path in files}, *flags, _compiler_version()

@@ -141,31 +141,42 @@ struct MmaOperands {
     u32 a[4], b[2];
 };
 
-static float low(u32 word, bool bf16) {
-    return bf16 ? as_float(word << 16) : f16_to_f32((u16)word);
-}
-static float high(u32 word, bool bf16) {
-    return bf16 ? as_float(word & 0xffff0000u) : f16_to_f32((u16)(word >> 16));
+/* Both halves of the words of all lanes, in loops that a compiler turns into vectors. */
+template <bool BF16>
+static void widen(const u32 (&words)[32], float (&low)[32], float (&high)[32]) {
+    for (u32 lane = 0; lane < 32; lane++) {
+        const u32 word = words[lane];
+        low[lane] = BF16 ? as_float(word << 16) : f16_to_f32((u16)word);
+        high[lane] = BF16 ? as_float(word & 0xffff0000u) : f16_to_f32((u16)(word >> 16));
+    }
 }
 
-static void gather(const Fiber *lanes, bool bf16, float (&a)[16][16], float (&b)[16][8]) {
+template <bool BF16> static void gather(const Fiber *lanes, float (&a)[16][16], float (&b)[16][8]) {
+    u32 words[6][32];
+    float low[32], high[32];
     for (u32 lane = 0; lane < 32; lane++) {
-        const MmaOperands &words = *static_cast<const MmaOperands *>(lanes[lane].in);
-        const u32 group = lane / 4, pair = lane % 4 * 2;
-        for (u32 i = 0; i < 4; i++) {
-            float *const at = &a[group + (i & 1) * 8][pair + (i >> 1) * 8];
-            at[0] = low(words.a[i], bf16), at[1] = high(words.a[i], bf16);
-        }
-        for (u32 i = 0; i < 2; i++) {
-            b[pair + i * 8][group] = low(words.b[i], bf16);
-            b[pair + i * 8 + 1][group] = high(words.b[i], bf16);
+        const MmaOperands &operands = *static_cast<const MmaOperands *>(lanes[lane].in);
+        for (u32 i = 0; i < 6; i++)
+            words[i][lane] = i < 4 ? operands.a[i] : operands.b[i - 4];
+    }
+    for (u32 i = 0; i < 6; i++) {
+        widen<BF16>(words[i], low, high);
+        for (u32 lane = 0; lane < 32; lane++) {
+            const u32 group = lane / 4, pair = lane % 4 * 2;
+            if (i < 4) {
+                float *const at = &a[group + (i & 1) * 8][pair + (i >> 1) * 8];
+                at[0] = low[lane], at[1] = high[lane];
+            } else {
+                b[pair + (i - 4) * 8][group] = low[lane];
+                b[pair + (i - 4) * 8 + 1][group] = high[lane];
+            }
         }
     }
 }
 
-static void multiply(Fiber *lanes, bool bf16) {
+template <bool BF16> static void multiply(Fiber *lanes) {
     float a[16][16], b[16][8], c[16][8];
-    gather(lanes, bf16, a, b);
+    gather<BF16>(lanes, a, b);
     const auto for_each = [&](auto visit) {
         for (u32 lane = 0; lane < 32; lane++) {
             float *const own = static_cast<float *>(lanes[lane].out);
@@ -185,7 +196,7 @@ static void multiply(Fiber *lanes, bool bf16) {
 void multiply_matrices(float *c, const u32 *a, u32 b0, u32 b1, bool bf16, Site site) {
     const MmaOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     together(Operation::MMA, &operands, c, bf16, site,
-             [bf16](Fiber *lanes) { multiply(lanes, bf16); });
+             [bf16](Fiber *lanes) { bf16 ? multiply<true>(lanes) : multiply<false>(lanes); });
 }
 
 } // namespace emulator
