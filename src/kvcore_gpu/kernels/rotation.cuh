@@ -7,11 +7,25 @@
 template <s32 DIM> constexpr s32 ROTATION_BLOCK = DIM & -DIM;
 
 /* Bit 63 of output i of splitmix64, whose seed spells "kvcore", moved to a float's sign. */
-KV_DEVICE u32 rotation_sign(s32 i) {
+KV_DEVICE constexpr u32 rotation_sign(s32 i) {
     u64 z = 0x6b76636f7265ull + (u64)(i + 1) * 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return (u32)((z ^ (z >> 31)) >> 32) & 0x80000000u;
+}
+struct SignWords {
+    u32 word[32];
+};
+KV_DEVICE constexpr SignWords make_sign_words() {
+    SignWords signs = {};
+    for (s32 i = 0; i < 1024; i++)
+        signs.word[i / 32] |= rotation_sign(i) >> 31 << i % 32;
+    return signs;
+}
+/* The signs of elements 32 i to 32 i + 31 as bits; the compiler is to know i. */
+KV_DEVICE constexpr u32 rotation_signs(s32 i) {
+    constexpr SignWords signs = make_sign_words();
+    return signs.word[i];
 }
 KV_DEVICE float with_sign(float x, u32 sign) { return u32_as_float(float_as_u32(x) ^ sign); }
 
@@ -27,20 +41,20 @@ KV_DEVICE void butterfly_of_lanes(float &x, s32 stride) {
     x = (lane_id() & stride) ? other - x : x + other;
 }
 
-/* Of a row of which lane l has elements l, l + 32, ...: x := H(x). Strides go up, as encoding has
- * them. */
-template <s32 DIM, s32 N> KV_DEVICE void rotate_row(float (&x)[N]) {
+/* Of a row of which lane l of LANES has elements l, l + LANES, ...: x := H(x). Strides go up, as
+ * encoding has them. */
+template <s32 DIM, s32 LANES = 32, s32 N> KV_DEVICE void rotate_row(float (&x)[N]) {
 #pragma unroll
-    for (s32 stride = 1; stride < 32 && stride < ROTATION_BLOCK<DIM>; stride *= 2)
+    for (s32 stride = 1; stride < LANES && stride < ROTATION_BLOCK<DIM>; stride *= 2)
 #pragma unroll
         for (s32 i = 0; i < N; i++)
             butterfly_of_lanes(x[i], stride);
 #pragma unroll
-    for (s32 stride = 32; stride < ROTATION_BLOCK<DIM>; stride *= 2)
+    for (s32 stride = LANES; stride < ROTATION_BLOCK<DIM>; stride *= 2)
 #pragma unroll
         for (s32 i = 0; i < N; i++)
-            if (!(i & (stride / 32)) && i + stride / 32 < N)
-                butterfly(x[i], x[i + stride / 32]);
+            if (!(i & (stride / LANES)) && i + stride / LANES < N)
+                butterfly(x[i], x[i + stride / LANES]);
 }
 
 /* Of sums of m16n8k16, c[n] of elements 8 n to 8 n + 7: both rows := sign * H(row). */
