@@ -33,6 +33,7 @@ LIMITS = {
     "prefill": 30,
     "append": 25,
     "overhead": 15,
+    "model": 18,
     "parity": 110,
     "torch-flash": 20,
     "torch-flash-rows": 15,

@@ -14,10 +14,12 @@ import pytest
 from bench import gpu_report
 from bench.cases import Case, decode
 from bench.gpu import graphs, parts, peers, table, targets
+from bench.gpu import model as language
 from bench.gpu.kvcore_tasks import CacheTask
 from bench.gpu.targets import Target
 
 import kvcore
+from byte_model import make_model
 from kvcore import backend as registry
 from kvcore.cpu_backend import CpuBackend
 
@@ -100,6 +102,16 @@ class TestTable:
     def test_without_a_roof_nothing_is_claimed(self):
         (line,) = table.lines_of([timing("kvcore", targets.DECODE[0].name, 1.0)])
         assert line.share is None and line.passes is None
+
+    def test_a_model_is_held_against_the_cpu(self):
+        tie = {"position": 3, "chosen": 17, "other": 5, "margin": 0.0004}
+        found = {"kind": "agreement", "model": "m", "format": "fp32", "tokens": 8, "aim": 1e-3,
+                 "largest": 2e-5, "ties": []}  # fmt: skip
+        close, off = "\n".join(table.render([found])), {**found, "largest": 0.02, "ties": [tie]}
+        assert "within 2e-05 of the CPU's (aim 0.001, met); 0 of 8 greedy tokens differ" in close
+        text = "\n".join(table.render([off, {**off, "format": "bf16", "aim": None}]))
+        assert "(aim 0.001, MISSED)" in text and "within 0.02 of the CPU's; 1 of 8" in text
+        assert "at near ties (3: 17 or 5, 0.0004)" in text
 
     def test_failures_are_told(self):
         records = [
@@ -225,7 +237,9 @@ def cupy(monkeypatch):
     names = ("asarray", "empty", "empty_like", "ones", "copyto", "matmul", "uint8", "float16")
     module = SimpleNamespace(cuda=cuda, __version__="0", **{n: getattr(np, n) for n in names})
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setitem(registry._loaded, "cuda", CpuBackend())
+    backend = CpuBackend()
+    backend.name = "cuda"
+    monkeypatch.setitem(registry._loaded, "cuda", backend)
     monkeypatch.setattr(targets, "QUICK", ("small bf16", "small rot4", "p fp16", "a chan4/rot4"))
     monkeypatch.setattr(targets, "ALL", (
         SMALL,
@@ -259,6 +273,28 @@ def test_parity_is_a_part(cupy, tmp_path, monkeypatch):
     parts.parity(parts.Part(file, 60, quick=True))
     (record,) = gpu_report.parsed(file.read_text().splitlines())
     assert record["kind"] == "parity" and record["passed"] and record["case"] == "decode/fp16"
+
+
+def test_a_model_is_a_part(cupy, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "load", lambda _name, **place: make_model(head_dim=64, **place))
+    file = tmp_path / "records"
+    parts.model(parts.Part(file, 60, quick=False))
+    records = gpu_report.parsed(file.read_text().splitlines())
+    assert [record["kind"] for record in records] == ["agreement"] * 4 + ["generation"] * 2
+    assert all(r["largest"] == 0 and not r["ties"] for r in records[:4])  # the same device twice
+    assert all(r["decode_tokens_per_second"] > 0 for r in records[4:])
+    table.render([{"part": "model", **record} for record in records])
+
+
+def test_a_model_that_is_not_installed_is_skipped(cupy, tmp_path, monkeypatch):
+    def load(_name, **_place):
+        raise kvcore.MissingExtra("pip install it")
+
+    monkeypatch.setattr(language, "load", load)
+    file = tmp_path / "records"
+    parts.model(parts.Part(file, 60, quick=True))
+    (record,) = gpu_report.parsed(file.read_text().splitlines())
+    assert (record["kind"], record["reason"]) == ("skipped", "pip install it")
 
 
 def test_time_that_is_over_and_errors_leave_the_rest(tmp_path):

@@ -195,6 +195,19 @@ def overhead(part: Part) -> None:
     )
 
 
+def model(part: Part) -> None:
+    """A language model, its logits held against the CPU's."""
+    from kvcore.errors import MissingExtra
+
+    try:
+        from bench.gpu import model as language
+
+        for kind, fields in language.records(part.quick):
+            part.record(kind, **fields)
+    except MissingExtra as error:
+        part.record("skipped", name=language.NAME, reason=str(error))
+
+
 def peer(name: str) -> Callable[[Part], None]:
     """Another library."""
 
@@ -224,6 +237,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "prefill": attends("prefill"),
     "append": append,
     "overhead": overhead,
+    "model": model,
     **{name: peer(name) for name in peers.PEERS},
 }
 

@@ -103,6 +103,8 @@ def render(records: Sequence[Record]) -> list[str]:
     if timed:
         lines += [HEADER, *(_timing_line(line, roof) for line in timed), ""]
     lines += [_overhead_line(record) for record in records if record["kind"] == "overhead"]
+    lines += [_agreement_line(record) for record in records if record["kind"] == "agreement"]
+    lines += [_generation_line(record) for record in records if record["kind"] == "generation"]
     lines += [
         f"{record['kind']}: {record['part']}: {record.get('name', '')}: {record['reason']}"
         for record in records
@@ -168,6 +170,29 @@ def _overhead_line(record: Record) -> str:
     )
 
 
+def _agreement_line(record: Record) -> str:
+    """Near ties are shown one by one: the step, the two tokens, and the CPU's margin."""
+    ties = [
+        f"{tie['position']}: {tie['chosen']} or {tie['other']}, {tie['margin']:.2g}"
+        for tie in record["ties"]
+    ]
+    aim = record["aim"]
+    verdict = "" if aim is None else f" (aim {aim:g}, {_verdict(record['largest'] <= aim)})"
+    return (
+        f"{record['model']}, {record['format']} cache: logits within {record['largest']:.2g} of "
+        f"the CPU's{verdict}; {len(ties)} of {record['tokens']} greedy tokens differ"
+        + (f", at near ties ({'; '.join(ties)})" if ties else "")
+    )
+
+
+def _generation_line(record: Record) -> str:
+    prefill, decode = record["prefill_tokens_per_second"], record["decode_tokens_per_second"]
+    return (
+        f"{record['model']}, batch {record['batch']}: {decode:.0f} tokens/s decoded, "
+        f"{prefill:.0f} tokens/s of prompts"
+    )
+
+
 def _aim(target: targets.Target) -> str:
     if target.tflops is not None:
         return f"{target.tflops:.0f} T"
@@ -186,6 +211,6 @@ def passed(records: Sequence[Record]) -> bool:
     """Whether the device keeps the contract, and every part of kvcore's own ran."""
     parity = [record["passed"] for record in records if record["kind"] == "parity"]
     sanitized = [record["clean"] for record in records if record["kind"] == "sanitizer"]
-    own = ("roof", "parity", "decode", "prefill", "append", "overhead")
+    own = ("roof", "parity", "decode", "prefill", "append", "overhead", "model")
     failed = [r for r in records if r["kind"] == "failed" and r["part"] in own]
     return bool(parity) and all(parity) and all(sanitized) and not failed

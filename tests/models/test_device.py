@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench.gpu.greedy import follow
 
 import kvcore
-from greedy import follow
 from kvcore import units
 from kvcore.errors import InvalidArgument
 from kvcore.models import Device, Generator, Model, ModelConfig, SamplingParams, generate, load
@@ -85,8 +85,25 @@ def test_greedy_tokens_differ_at_near_ties_only(
 ) -> None:
     config = tiny_config(**FAMILIES[family])
     models = Model.random(config, seed=2), Model.random(config, seed=2, **PLACE)
-    largest, ties = follow(*models, [5, 6, 7], 60, k_format="bf16", v_format="bf16")
-    assert largest < 1e-2 and all(tie < 2 * largest for tie in ties)
+    found = follow(*models, [5, 6, 7], 60, k_format="bf16", v_format="bf16")
+    assert len(set(found.tokens)) > 1
+    assert found.largest < 1e-3 and all(tie.margin < 1e-3 for tie in found.ties)
+
+
+def test_what_two_models_disagree_on_is_found(tiny_config: MakeConfig) -> None:
+    model, other = (Model.random(tiny_config(), seed=2) for _ in range(2))
+    chosen = follow(model, model, [5, 6, 7], 1).tokens[0]
+    head = other.decoder.weights.head
+    rival = (chosen + 1) % 50
+    head[[chosen, rival]] = head[[rival, chosen]]
+    found = follow(model, other, [5, 6, 7], 1)
+    cache = make_cache(model)
+    with cache.step([(cache.sequence(), 3)]) as step:
+        (logits,) = model.decoder.forward(step, [5, 6, 7])
+    [tie] = found.ties
+    assert (tie.position, tie.chosen, tie.other) == (0, chosen, rival)
+    assert tie.margin == pytest.approx(logits[chosen] - logits[rival], rel=1e-2)
+    assert found.largest == pytest.approx(tie.margin, rel=1e-2)
 
 
 def test_generation_on_a_device(strict: StrictBackend, tiny_config: MakeConfig) -> None:
