@@ -13,7 +13,7 @@
 
 /* ---- qualifiers */
 
-#define KV_DEVICE static inline
+#define KV_DEVICE inline
 #define KV_CONSTANT static const
 /* One section, so that it can be poisoned before each block, and measured. */
 #define KV_SHARED static __attribute__((section("kv_shared")))

@@ -25,7 +25,7 @@ typedef unsigned long long u64;
     extern "C" __global__ void __launch_bounds__(threads, min_blocks) \
         name(const __grid_constant__ Params p)
 #define KV_CONSTANT __constant__
-/* Inside a kernel or a function that is no template. */
+/* Inside a kernel. */
 #define KV_SHARED __shared__
 #define KV_DYNAMIC_SHARED(T, name)                                      \
     extern __shared__ __align__(128) unsigned char kv_dynamic_shared[]; \
