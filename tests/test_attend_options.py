@@ -1,4 +1,7 @@
-"""The options of attend against float64, alone and together, and to the bit where bits are due."""
+"""The options of attend against float64, any of them together, and to the bit where bits are due.
+
+Each alone and every pair are cases of the contract: tests/parity.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def solve(problem, given):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(data=st.data(), problem=problems(max_context=900, max_work=2_000_000))
 def test_pairs_equal_the_oracle(isa, data, problem):
     with machine(isa, problem.num_threads):
@@ -124,27 +127,8 @@ class World:
     def given(self, *names):
         return {key: value for name in names for key, value in self.options[name].items()}
 
-    def check(self, given, starts, out, lse):
-        for s, (k, v) in enumerate(self.texts):
-            rows = slice(starts[s], starts[s + 1])
-            reference = attention(self.q[rows], k, v, **of_sequence(given, s, starts))
-            assert_close(out[rows], lse[rows], reference, cancels=True)
-
 
 NAMES = list(World().options)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(
-    "names",
-    [*itertools.combinations(NAMES, 1), *itertools.combinations(NAMES, 2), tuple(NAMES)],
-    ids="+".join,
-)
-def test_every_pair(isa, names):
-    world = World()
-    given = world.given(*names)
-    with machine(isa, 2):
-        world.check(given, *attend(world.cache(), world.texts, world.contexts, world.q, **given))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -79,7 +79,7 @@ def append_rest(step, texts, contexts, layout):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(problem=problems(max_work=10_000_000))
 def test_equals_the_oracle(isa, problem):
     with machine(isa, problem.num_threads):

@@ -105,7 +105,7 @@ class Held:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("raw", [(4, 32), (0, 0), (0, 64), (32, 0)])
+@pytest.mark.parametrize("raw", [(4, 32), (0, 64)])  # others: tests/parity
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_prefill_then_decode(name, raw, exact):
     rng = np.random.default_rng(0)

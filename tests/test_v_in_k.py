@@ -15,7 +15,6 @@ from support import (
     assert_balanced,
     assert_same_bits,
     from_layout,
-    machine,
     make_cache,
     poison,
     random_kv,
@@ -24,7 +23,6 @@ from support import (
     to_layout,
 )
 
-ISAS = kvcore.available_isas()
 HEADS, DIM, DIM_V = 128, 576, 512  # DeepSeek-V2 and V3: every query head reads the one latent
 SOME_HEADS = [*range(0, HEADS, 9), HEADS - 1]  # the oracle is slow
 
@@ -95,15 +93,14 @@ class TestSpec:
 
 
 class TestAttention:
-    @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize("format", FORMATS)
-    def test_latent_of_128_heads(self, isa, format, rng):
+    def test_latent_of_128_heads(self, format, rng):
         """A chunk of a prompt, then decoding, over a poisoned cache."""
         cache = latent_cache(16, format)
         a, b = cache.sequence(), cache.sequence()
         texts = {a: grow(cache, [(a, 260)], rng), b: []}
         for entries in ([(a, 5), (b, 20)], [(b, 1), (a, 1)]):
-            with machine(isa), cache.step(entries) as step:
+            with cache.step(entries) as step:
                 k = random_k(rng, step.num_tokens, cache.spec.layers[0])
                 q = random_q(rng, step.num_tokens, HEADS, DIM)
                 step.append(0, k, None)

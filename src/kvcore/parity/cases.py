@@ -63,10 +63,7 @@ def _options() -> Iterator[Case]:
     for name in NAMES:
         for spec in ("fp32", "bf16", "rot8"):
             yield CacheCase(f"options/{name}-{spec}", trace, formats(spec), options=(name,))
-    pairs = [
-        two for two in itertools.combinations(NAMES, 2) if set(two) & {"window", "mask", "sinks"}
-    ]
-    for two in pairs:
+    for two in itertools.combinations(NAMES, 2):
         yield CacheCase(f"options/{'+'.join(two)}", trace, formats("fp16"), options=two)
     for spec in ("fp32", "bf16", "rot4", "chan4"):
         yield CacheCase(f"options/all-{spec}", trace, formats(spec), options=NAMES)
@@ -91,7 +88,7 @@ def _shapes() -> Iterator[Case]:
         for spec in ("fp32", "fp16", "bf16", "rot8"):
             yield CacheCase(f"dtypes/{dtype}-{spec}", trace, formats(spec), dtype=dtype)
     latent = {"num_kv_heads": 1, "head_dim": 576, "v_in_k": 512}
-    for spec in ("bf16", "fp16"):
+    for spec in FLOATS:
         yield CacheCase(f"latent/{spec}", (fill(a=80), step(a=1, b=9), step(a=2, b=1)),
                         {**latent, **formats(spec)}, group=16)  # fmt: skip
     yield CacheCase("latent/128-heads", (fill(a=33), step(a=1)), {**latent, **formats("bf16")},
