@@ -16,15 +16,13 @@ from kvcore.parity import report
 FAULTY = parity.Subject("cuda")
 
 
-class Runtime:
-    name, xp = "a faulty CPU", np
-
-
 class Faulty(CpuBackend):
     """The CPU's operations by another name, whose `attend` goes through `spoil`."""
 
     name = "cuda"
-    runtime = Runtime()
+
+    def describe(self, device):
+        return "a faulty CPU"
 
     def attend(self, storage, layer, plan, q, layout, options, return_lse, out):
         out, lse = super().attend(storage, layer, plan, q, layout, options, True, None)

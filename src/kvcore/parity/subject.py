@@ -38,11 +38,10 @@ class Subject:
 
     @property
     def device(self) -> str:
-        """The instruction set, or the name of what the kernels run on."""
+        """The instruction set, or what the kernels run on."""
         if self.backend == "cpu":
             return self.isa or get_isa()
-        runtime = getattr(self.operations, "runtime", None)
-        return str(getattr(runtime, "name", self.backend))
+        return self.operations.describe(None)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -58,9 +57,11 @@ class Subject:
     def cache(self, spec: CacheSpec, num_blocks: int | tuple[int, ...]) -> KVCache:
         """A cache with NaN in every slot."""
         cache = KVCache(spec, num_blocks, backend=self.backend)
-        for layer in range(spec.num_layers):
-            for blocks in cache.blocks(layer):
-                blocks.view(np.uint8)[...] = POISON
+        for layer, form in enumerate(spec.layers):
+            k_blocks, v_blocks = cache.blocks(layer)
+            k_blocks.view(np.uint8)[...] = POISON
+            if not form.v_in_k:
+                v_blocks.view(np.uint8)[...] = POISON
         return cache
 
     def array(self, host: NDArray[Any] | None) -> Any:
