@@ -211,6 +211,11 @@ class StrictBackend:
     def available_memory(self, device: int | None) -> int:
         return 2**22
 
+    def begin_step(self, storage: Any, plans: Any) -> Any:
+        if self.xp.current == 0:
+            raise Leak("a step on another device than the current one")
+        return self._cpu.begin_step(storage, plans)
+
     def append(self, storage: Any, layer: int, plan: Any, k: Any, v: Any, layout: str) -> None:
         values = None if v is None else opened_array(v)
         self._cpu.append(storage, layer, plan, opened_array(k), values, layout)

@@ -59,7 +59,7 @@ def ragged_logits(model: Model) -> list[Any]:
         ([(a, 1), (b, 1)], "last"),
     ]:
         count = sum(number for _, number in entries)
-        with cache.step(entries) as step:
+        with model.device.active(), cache.step(entries) as step:
             found.append(model.decoder.forward(step, ids[:count], logits=logits))
     return found
 
@@ -136,16 +136,18 @@ def test_weights_are_those_of_the_seed_and_tied_ones_stay_one(
 def test_a_cache_of_another_device(strict: StrictBackend, tiny_config: MakeConfig) -> None:
     here = Model.random(tiny_config(), seed=1)
     there = Model.random(tiny_config(), seed=1, **PLACE)
-    other = Device("cuda", DEVICE + 1).make_cache(there.cache_spec(), num_blocks=1)
-    for model, cache, names in [
-        (here, make_cache(there), "cpu expected.*cuda:1"),
-        (there, make_cache(here), "cuda:1 expected.*cpu"),
+    other = Device("cuda", DEVICE + 1)
+    for model, place, names in [
+        (here, there.device, "cpu expected.*cuda:1"),
+        (there, here.device, "cuda:1 expected.*cpu"),
         (there, other, "cuda:1 expected.*cuda:2"),
     ]:
+        cache = place.make_cache(model.cache_spec(), num_blocks=1)
         with pytest.raises(InvalidArgument, match=f"^cache: a cache on {names}"):
             Generator(model, cache)
         sequence = cache.sequence()
         with (
+            place.active(),
             pytest.raises(InvalidArgument, match=f"^step: a cache on {names}"),
             cache.step([(sequence, 2)]) as step,
         ):

@@ -147,9 +147,10 @@ def _read_with_linear(arrays: list[NDArray[np.float32]]) -> None:
 def _forward(
     model: Model, cache: KVCache, sequence: Sequence, tokens: NDArray[np.int32]
 ) -> NDArray[np.float32]:
-    with cache.step([(sequence, len(tokens))]) as step:
+    device = model.device
+    with device.active(), cache.step([(sequence, len(tokens))]) as step:
         # On the host, so that what is timed has been computed.
-        return model.device.get(model.decoder.forward(step, tokens, logits="last"))
+        return device.get(model.decoder.forward(step, tokens, logits="last"))
 
 
 def _seconds(work: Callable[[], object]) -> float:
