@@ -1,0 +1,138 @@
+"""Which kernels a call of attend takes, their grids, and the memory that their blocks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvcore.formats import Format
+from kvcore_gpu import decode, simt
+from kvcore_gpu.params import AttendParams
+from kvcore_gpu.runtime import Function, Runtime
+
+__all__ = ["Attention", "Shape"]
+
+#: Keys of a split, as kernels/work.cuh has it.
+SPLIT = 512
+#: Sequences with at most so many query rows of a KV head are read in splits at once.
+FEW_ROWS = 64
+#: What partial results of one launch may take; a call that needs more is launched in pieces.
+MAX_PARTIAL_BYTES = 64 << 20
+MAX_INT32 = 2**31 - 1
+
+#: The address of so many elements of a dtype, by name; zeros when they are new.
+GetScratch = Callable[[str, int, type], int]
+
+_DTYPE_OF = {"fp32": 0, "fp16": 1, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What kernels are chosen by.
+
+    Attributes:
+        k_format, v_format, head_dim, head_dim_v: as the layer has them.
+        v_in_k: V is the first head_dim_v elements of K.
+        num_kv_heads, group: KV heads, and query heads of each.
+        block_size: token slots of a block.
+        q_dtype: 0 float32, 1 float16, 2 bfloat16.
+        options: whether a mask, positions, slopes, a window, a soft cap or no causality is given.
+        exact: bits are not to depend on how a prompt was chunked.
+    """
+
+    k_format: Format
+    v_format: Format
+    head_dim: int
+    head_dim_v: int
+    v_in_k: bool
+    num_kv_heads: int
+    group: int
+    block_size: int
+    q_dtype: int
+    options: bool
+    exact: bool
+
+    @property
+    def query_parts(self) -> int:
+        """1 if q has K's dtype, or bfloat16 where K is quantized; else 2."""
+        return 1 if _DTYPE_OF.get(self.k_format.name, 2) == self.q_dtype else 2
+
+
+class Splitting(Protocol):
+    """A specialisation of a kernel whose blocks share the keys of a sequence."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def entry(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+
+    @property
+    def slices(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    def defines(self) -> Mapping[str, int]: ...
+
+
+class Attention:
+    """The kernels of one shape, compiled."""
+
+    def __init__(self, runtime: Runtime, shape: Shape) -> None:
+        self._runtime = runtime
+        self._shape = shape
+        self._few = _choose(shape, runtime.shared_per_block)
+        self._function = self._load(self._few)
+
+    def _load(self, kernel: Splitting) -> Function:
+        return self._runtime.function(kernel.source, kernel.entry, kernel.defines())
+
+    def launch(self, params: AttendParams, scratch: GetScratch) -> None:
+        """Attends to all sequences of params.plan.
+
+        Args:
+            params: all up to `group` filled in; the rest is set here.
+            scratch: memory that stays as it is until the next launch in the stream.
+        """
+        params.few_rows = MAX_INT32
+        self._launch_splits(params, params.plan.max_new * self._shape.group, scratch)
+
+    def _launch_splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> None:
+        kernel, shape, plan = self._few, self._shape, params.plan
+        params.num_splits = max(1, -(-plan.table_width * shape.block_size // SPLIT))
+        params.tile_rows = min(kernel.rows, most_rows)
+        tiles = -(-most_rows // kernel.rows)
+        lines = plan.num_sequences * shape.num_kv_heads  # of counters, for each tile
+        states = lines * params.tile_rows * (params.num_splits + 1)
+        nbytes = 4 * states * (shape.head_dim_v + 2)
+        params.num_tiles = max(1, min(tiles, MAX_PARTIAL_BYTES // max(1, nbytes)))
+        states *= params.num_tiles
+        params.partial_out = scratch("partial_out", states * shape.head_dim_v, np.float32)
+        params.partial_states = scratch("partial_states", states * 2, np.float32)
+        params.counters = scratch("counters", lines * params.num_tiles, np.int32)
+        parts = params.num_splits + bool(params.k.raw or params.v.raw)
+        grid = params.num_tiles * kernel.slices * parts, shape.num_kv_heads, plan.num_sequences
+        for first in range(0, tiles, params.num_tiles):
+            params.first_tile = first
+            self._runtime.launch(
+                self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, params
+            )
+
+
+def _choose(shape: Shape, shared_per_block: int) -> Splitting:
+    """decode.cu where matrix instructions pay and the rows fit, else simt.cu."""
+    formats, dims = (shape.k_format, shape.v_format), (shape.head_dim, shape.head_dim_v)
+    alone = shape.group == 1 and not any(format.is_quantized for format in formats)
+    if decode.serves(*formats) and not alone:
+        wanted = decode.Decode(*formats, *dims, shape.v_in_k, shape.query_parts, shape.options)
+        fitted = decode.fit(wanted, shared_per_block)
+        if fitted is not None:
+            return fitted
+    rows = simt.rows_for(shape.group, *dims)
+    return simt.Simt(*formats, *dims, rows, shape.options)

@@ -1,0 +1,88 @@
+/* A tile's rows of q: into shared memory as the products of a pass take them, and out of it as
+ * fragments. */
+#pragma once
+#include "decode_layout.cuh"
+#include "queries.cuh"
+
+constexpr s32 PER_LANE = (16 * K_STEPS + 31) / 32; /* elements l, l + 32, ... of a row */
+
+/* Rounds a row to the type of its keys, and what that leaves again for a second part. */
+template <bool RAW>
+KV_DEVICE void store_query_row(const Shared &shared, s32 row, float (&x)[PER_LANE]) {
+#pragma unroll
+    for (s32 part = 0; part < PARTS<RAW>; part++)
+#pragma unroll
+        for (s32 i = 0; i < PER_LANE; i++) {
+            const s32 d = 32 * i + lane_id();
+            const u16 bits = K_IS_BF16<RAW> ? f32_to_bf16(x[i]) : f32_to_f16(x[i]);
+            u8 *chunk = chunk_of<K_CHUNKS>(shared.query + part * QUERY_PART_BYTES, row, d / 8);
+            if (d < 8 * K_CHUNKS)
+                reinterpret_cast<u16 *>(chunk)[d % 8] = bits;
+            x[i] -= unpack<K_IS_BF16<RAW>>(bits);
+        }
+}
+
+/* All rows of the tile, one warp each in turn; those that are not there are zeros. */
+template <bool RAW>
+KV_DEVICE void load_queries(const AttendParams &p, const Work &work, const Shared &shared) {
+    for (s32 row = warp_id(); row < ROWS; row += WARPS) {
+        float x[PER_LANE] = {}, factor = 1.0f, bias = 0.0f;
+        if (row < work.num_rows) {
+            const s32 at = work.first_row + row;
+            load_query_row<HEAD_DIM>(
+                p, row_offset(p.q, work.seq, token_of(p, at), query_head_of(p, work.head, at)), x);
+            if constexpr (K_ENCODED<RAW>) {
+                bias = bias_of_row<HEAD_DIM>(p, work.head, x);
+                transform_query_row<K_FORMAT, HEAD_DIM>(p, work.head, x);
+            }
+            if constexpr (SCALED_ROWS<RAW>)
+                factor = scale_row(x);
+        }
+        if (lane_id() == 0) {
+            shared.row_factors[row] = factor;
+            shared.row_biases[row] = bias;
+        }
+        store_query_row<RAW>(shared, row, x);
+    }
+}
+
+/* Fragments of q. Encoded keys take elements 16 k + 4 (lane % 4) + 0 .. 3 where an mma's k-step has
+ * 2 (lane % 4) + 0 .. 1 and + 8 .. 9, as formats.cuh gives levels. */
+template <bool RAW> struct Queries {
+    u8 *tile;
+    u32 kept[QUERIES_IN_REGISTERS ? PARTS<RAW> * K_STEPS : 1][4];
+
+    KV_DEVICE void load(u32 (&a)[4], s32 part, s32 k) const {
+        u8 *rows = tile + part * QUERY_PART_BYTES;
+        if constexpr (K_ENCODED<RAW>) {
+            const s32 row = lane_id() >> 2, w = lane_id() & 3;
+#pragma unroll
+            for (s32 half = 0; half < 2; half++) {
+                const u32 *pairs = reinterpret_cast<const u32 *>(
+                    chunk_of<K_CHUNKS>(rows, row + 8 * half, 2 * k + (w >> 1)) + 8 * (w & 1));
+                a[half] = pairs[0];
+                a[half + 2] = pairs[1];
+            }
+        } else {
+            load_rows_fragment<K_CHUNKS>(a, rows, 0, k);
+        }
+    }
+
+    KV_DEVICE void keep() {
+        if constexpr (QUERIES_IN_REGISTERS) {
+#pragma unroll
+            for (s32 i = 0; i < PARTS<RAW> * K_STEPS; i++)
+                load(kept[i], i / K_STEPS, i % K_STEPS);
+        }
+    }
+
+    KV_DEVICE void get(u32 (&a)[4], s32 part, s32 k) const {
+        if constexpr (QUERIES_IN_REGISTERS) {
+#pragma unroll
+            for (s32 i = 0; i < 4; i++)
+                a[i] = kept[part * K_STEPS + k][i];
+        } else {
+            load(a, part, k);
+        }
+    }
+};

@@ -1,0 +1,146 @@
+/* What blocks leave for each other: the state of each row after a part of its keys, and the rows of
+ * the output, which the last block of a tile makes of them.
+ *
+ * A part of a row is m, l and o [Dv], not yet divided by l; o of encoded values is as their levels
+ * are, before the transform of their format is undone.
+ */
+#pragma once
+#include "formats.cuh"
+#include "rotation.cuh"
+#include "softmax.cuh"
+#include "work.cuh"
+
+KV_DEVICE s64 partial_index(const AttendParams &p, const Work &work, s32 row, s32 part) {
+    return (work.index * p.tile_rows + row) * (p.num_splits + 1) + part;
+}
+
+KV_DEVICE State load_state(const AttendParams &p, s64 index) {
+    return {load_l2(p.partial_states + 2 * index), load_l2(p.partial_states + 2 * index + 1)};
+}
+
+KV_DEVICE void store_state(const AttendParams &p, s64 index, const State &state) {
+    p.partial_states[2 * index] = state.m;
+    p.partial_states[2 * index + 1] = state.l;
+}
+
+/* Whether this is the last of the `blocks` that share a tile's rows: it sees what all have left. The
+ * counter is 0 again then, for the next launch. All threads of the block call it. */
+KV_DEVICE bool is_last_block(const AttendParams &p, const Work &work, s32 blocks, s32 *shared) {
+    if (blocks > 1)
+        thread_fence();
+    sync_threads();
+    if (blocks <= 1)
+        return true;
+    if (threadIdx.x == 0) {
+        *shared = atomic_add_s32(p.counters + work.index, 1) == blocks - 1;
+        if (*shared)
+            p.counters[work.index] = 0;
+    }
+    sync_threads();
+    if (!*shared)
+        return false;
+    thread_fence();
+    return true;
+}
+
+/* Of a row's splits together: lane l has elements l, l + 32, ... of o. Each lane loads the state of
+ * one split of 32; weights then come from there. */
+template <s32 DIM, s32 N>
+KV_DEVICE State merge_splits(const AttendParams &p, const Work &work, s32 row, float (&o)[N]) {
+    constexpr s32 UNROLL = N <= 4 ? 8 : N <= 8 ? 4 : 1;
+    const s32 lane = lane_id(), first = work.first_split & -32;
+    State merged = empty_state();
+    for (s32 base = first; base < work.end_split; base += 32) {
+        const s32 split = base + lane;
+        const bool there = work.first_split <= split && split < work.end_split;
+        if (there)
+            merged.m = fmaxf(merged.m, load_state(p, partial_index(p, work, row, split)).m);
+    }
+    merged.m = reduce_max(merged.m);
+    const float top = finite_maximum(merged.m);
+    for (s32 base = first; base < work.end_split; base += 32) {
+        const s32 split = base + lane;
+        const bool there = work.first_split <= split && split < work.end_split;
+        const State state =
+            there ? load_state(p, partial_index(p, work, row, split)) : empty_state();
+        const float weight = exp2_approx(state.m - top);
+        merged.l += reduce_add(state.l * weight);
+        const s32 begin = max(base, work.first_split), end = min(base + 32, work.end_split);
+#pragma unroll UNROLL
+        for (s32 s = begin; s < end; s++) {
+            const float take = shfl(weight, s & 31);
+            const float *from = p.partial_out + partial_index(p, work, row, s) * DIM;
+#pragma unroll
+            for (s32 i = 0; i < N; i++)
+                if (DIM % 32 == 0 || 32 * i + lane < DIM)
+                    o[i] = fmaf(load_l2(from + 32 * i + lane), take, o[i]);
+        }
+    }
+    return merged;
+}
+
+/* What the sums of levels are to be multiplied or rotated by. */
+template <s32 FORMAT, s32 DIM, s32 N>
+KV_DEVICE void undo_transform(const AttendParams &p, s32 head, float (&o)[N]) {
+    if constexpr (IS_ROTATED<FORMAT>)
+        rotate_row<DIM>(o);
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        if (IS_ROTATED<FORMAT>)
+            o[i] = with_sign(o[i], rotation_sign(d));
+        if (FORMAT == KV_FORMAT_INT8_STATIC && d < DIM)
+            o[i] *= p.v.scales[head * DIM + d];
+    }
+}
+
+template <s32 DIM, s32 N>
+KV_DEVICE void merge_raw(const AttendParams &p, const Work &work, s32 row, State &state,
+                         float (&o)[N]) {
+    const s64 index = partial_index(p, work, row, p.num_splits);
+    float keep, take;
+    merge_state(state, load_state(p, index), keep, take);
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        if (d < DIM)
+            o[i] = fmaf(load_l2(p.partial_out + index * DIM + d), take, o[i] * keep);
+    }
+}
+
+template <s32 DIM, s32 N>
+KV_DEVICE void store_row(const Rows &out, s64 at, float l, const float (&o)[N]) {
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        if (d >= DIM)
+            continue;
+        const float x = l == 0.0f ? 0.0f : o[i] / l;
+        if (out.dtype == 0)
+            static_cast<float *>(out.data)[at + d] = x;
+        else
+            static_cast<u16 *>(out.data)[at + d] = out.dtype == 1 ? f32_to_f16(x) : f32_to_bf16(x);
+    }
+}
+
+/* Row `row` of a tile of which every part is there, by one warp. */
+template <s32 FORMAT, s32 DIM>
+KV_DEVICE void finish_row(const AttendParams &p, const Work &work, s32 row) {
+    float o[(DIM + 31) / 32] = {};
+    State state = merge_splits<DIM>(p, work, row, o);
+    undo_transform<FORMAT, DIM>(p, work.head, o);
+    if (work.some_raw)
+        merge_raw<DIM>(p, work, row, state, o);
+    const s32 token = token_of(p, work.first_row + row);
+    const s32 head = query_head_of(p, work.head, work.first_row + row);
+    if (p.sinks) {
+        float keep, take;
+        merge_state(state, {p.sinks[head] * LOG2E, 1.0f}, keep, take);
+#pragma unroll
+        for (s32 i = 0; i < (DIM + 31) / 32; i++)
+            o[i] *= keep;
+    }
+    store_row<DIM>(p.out, row_offset(p.out, work.seq, token, head), state.l, o);
+    if (p.lse && lane_id() == 0)
+        p.lse[(work.seq.first_token + (s64)token) * p.q.num_heads + head] = natural_lse(state);
+}

@@ -1,0 +1,62 @@
+/* A row of q on its way to the keys, by one warp: lane l has elements l, l + 32, ... of it. */
+#pragma once
+#include "formats.cuh"
+#include "rotation.cuh"
+#include "sight.cuh"
+#include "tiles.cuh"
+
+template <s32 DIM, s32 N>
+KV_DEVICE void load_query_row(const AttendParams &p, s64 at, float (&x)[N]) {
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        x[i] = 0.0f;
+        if (d < DIM)
+            x[i] = p.q.dtype == 0   ? static_cast<const float *>(p.q.data)[at + d]
+                   : p.q.dtype == 1 ? f16_to_f32(static_cast<const u16 *>(p.q.data)[at + d])
+                                    : bf16_to_f32(static_cast<const u16 *>(p.q.data)[at + d]);
+    }
+}
+
+/* What encoded keys' levels are multiplied with. */
+template <s32 FORMAT, s32 DIM, s32 N>
+KV_DEVICE void transform_query_row(const AttendParams &p, s32 head, float (&x)[N]) {
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        if (FORMAT == KV_FORMAT_INT8_STATIC && d < DIM)
+            x[i] *= p.k.scales[head * DIM + d];
+        if (IS_ROTATED<FORMAT>)
+            x[i] = with_sign(x[i], rotation_sign(d));
+    }
+    if constexpr (IS_ROTATED<FORMAT>)
+        rotate_row<DIM>(x);
+}
+
+/* q . bias, 0 without one. */
+template <s32 DIM, s32 N>
+KV_DEVICE float bias_of_row(const AttendParams &p, s32 head, const float (&x)[N]) {
+    if (!p.k.bias)
+        return 0.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (s32 i = 0; i < N; i++) {
+        const s32 d = 32 * i + lane_id();
+        if (d < DIM)
+            sum = fmaf(x[i], p.k.bias[head * DIM + d], sum);
+    }
+    return reduce_add(sum);
+}
+
+/* Times a power of two that float16 wants; returns its inverse. */
+template <s32 N> KV_DEVICE float scale_row(float (&x)[N]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (s32 i = 0; i < N; i++)
+        largest = fmaxf(largest, fabsf(x[i]));
+    const float power = power_for_f16(reduce_max(largest));
+#pragma unroll
+    for (s32 i = 0; i < N; i++)
+        x[i] *= power;
+    return 1.0f / power;
+}
