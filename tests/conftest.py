@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, and CPU features that a hypervisor hides.
+"""What all tests share: hypothesis profiles, CPU features that a hypervisor hides, emulated CUDA.
 
 Markers and warnings are set in pyproject.toml.
 """
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Shared machines stall: a test that takes long is not thereby wrong.
@@ -46,3 +47,24 @@ def _survives(code: str, environment: dict[str, str]) -> bool:
 # Before any test imports kvcore, which asks for features once.
 if "KVCORE_CPU_FEATURES" not in os.environ and _survives(_PROBE, _CLAIM):
     os.environ.update(_CLAIM)
+
+
+@pytest.fixture(scope="session")
+def emulated_backend():
+    """The CUDA backend on the emulator, whose arrays are NumPy's."""
+    from cuda_emulator import build
+    from cuda_emulator.runtime import EmulatedRuntime
+    from kvcore_gpu.backend import CudaBackend
+
+    if build.compiler() is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    return CudaBackend(EmulatedRuntime())
+
+
+@pytest.fixture
+def cuda_emulated(monkeypatch, emulated_backend):
+    """Lets backend="cuda" be the emulated one."""
+    from kvcore import backend
+
+    monkeypatch.setitem(backend._loaded, "cuda", emulated_backend)
+    return emulated_backend

@@ -22,7 +22,8 @@ CONTROL_PLANE = [
 # What kvcore_gpu may know of kvcore.
 SHARED_WITH_GPU = tuple(
     f"kvcore.{name}" for name in (
-        "arrays", "attend_options", "backend", "checks", "contiguous", "errors", "formats", "spec",
+        "arrays", "attend_options", "backend", "checks", "contiguous", "errors", "formats",
+        "quantize", "spec", "user_blocks",
     )
 )  # fmt: skip
 CLIENTS = (

@@ -14,6 +14,7 @@ from kvcore.cache import CacheStats, GroupStats, KVCache
 from kvcore.errors import (
     BackendUnavailable,
     CacheCorrupt,
+    DeviceFault,
     ForeignSequence,
     InvalidArgument,
     InvalidType,
@@ -51,6 +52,7 @@ __all__ = [
     "CacheCorrupt",
     "CacheSpec",
     "CacheStats",
+    "DeviceFault",
     "ForeignSequence",
     "GroupSpec",
     "GroupStats",

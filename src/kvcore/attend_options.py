@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcore import arrays, checks
+from kvcore._native import attention
 from kvcore.errors import InvalidArgument, InvalidType
 
 if TYPE_CHECKING:
@@ -117,6 +118,25 @@ def token_positions(value: Any | None, num_tokens: int) -> np.ndarray | None:
     if result.size and result.min() < 0:
         raise InvalidArgument(f"positions: expected at least 0, got {result.min()}")
     return result
+
+
+def check_sight(
+    plan: Plan,
+    num_blocks: int,
+    options: AttendOptions,
+    positions: np.ndarray | None,
+    mask: np.ndarray | None,
+    mask_offsets: np.ndarray | None,
+) -> None:
+    """Raises if a new token sees a block that is not there; for backends that cannot say it.
+
+    Raises:
+        TokensReleased: the block was released, or is -1 in a caller's table.
+    """
+    window = options.window or 0
+    attention.check_sight(
+        plan, num_blocks, bool(options.causal), window, positions, mask, mask_offsets
+    )
 
 
 def packed_mask(

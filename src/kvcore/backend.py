@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from kvcore._native.blocks import Plan
 from kvcore.attend_options import AttendOptions
 from kvcore.errors import BackendUnavailable, InvalidArgument
 
 if TYPE_CHECKING:
-    from kvcore._native.blocks import Plan
     from kvcore.spec import CacheSpec
 
 __all__ = [
     "AttendOptions",
     "Backend",
+    "Plan",
     "Storage",
     "available_backends",
     "backend_of",
     "get_backend",
     "known_backends",
+    "lies_on_device",
 ]
 
 
@@ -208,13 +210,17 @@ def get_backend(name: str) -> Backend:
     return _loaded[name]
 
 
+def lies_on_device(value: Any) -> bool:
+    """Whether a caller's array is in a CUDA device's memory."""
+    if isinstance(value, np.ndarray):
+        return False
+    place = getattr(value, "__dlpack_device__", None)
+    return hasattr(value, _CUDA_INTERFACE) if place is None else place()[0] in _DLPACK_CUDA
+
+
 def backend_of(value: Any) -> Backend:
     """The backend that computes where a caller's array lies."""
-    if isinstance(value, np.ndarray):
-        return get_backend("cpu")
-    place = getattr(value, "__dlpack_device__", None)
-    on_device = place is not None and place()[0] in _DLPACK_CUDA
-    return get_backend("cuda" if on_device or hasattr(value, _CUDA_INTERFACE) else "cpu")
+    return get_backend("cuda" if lies_on_device(value) else "cpu")
 
 
 def known_backends() -> tuple[str, ...]:
@@ -228,7 +234,7 @@ def available_backends() -> tuple[str, ...]:
     for name in _MODULES:
         try:
             get_backend(name)
-        except BackendUnavailable:
+        except Exception:  # get_backend says what it is
             continue
         names.append(name)
     return tuple(names)

@@ -92,6 +92,10 @@ class BackendUnavailable(KVCoreError):
     """A backend cannot be used here; the message says what is missing."""
 
 
+class DeviceFault(KVCoreError):
+    """A CUDA device reported an error; what the cache holds there cannot be relied on any more."""
+
+
 class MissingExtra(KVCoreError, ImportError):
     """An optional package is not installed; the message says how to install it."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvcore_gpu.params import Params
 from kvcore_gpu.runtime import Function, Runtime
@@ -42,12 +45,25 @@ class Launcher:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._functions: dict[tuple[object, ...], Function] = {}
+        self._constants: dict[bytes, Any] = {}
 
-    def kernel(self, source: str, entry: str, params: type[P], **defines: int | str) -> Kernel[P]:
-        """The kernel `entry` of kernels/`source` with these macros, with parameters of its own."""
+    def function(self, source: str, entry: str, **defines: int | str) -> Function:
+        """The kernel `entry` of kernels/`source` with these macros."""
         key = (source, entry, *sorted(defines.items()))
         function = self._functions.get(key)
         if function is None:
             function = self.runtime.function(source, entry, defines)
             self._functions[key] = function
-        return Kernel(self.runtime, function, params())
+        return function
+
+    def constant(self, values: NDArray[np.float32]) -> int:
+        """The address of a copy of a few values, kept because callers pass the same again."""
+        key = values.tobytes()
+        array = self._constants.get(key)
+        if array is None:
+            array = self._constants[key] = self.runtime.to_device(values)
+        return self.runtime.address(array)
+
+    def kernel(self, source: str, entry: str, params: type[P], **defines: int | str) -> Kernel[P]:
+        """The same, with parameters of its own."""
+        return Kernel(self.runtime, self.function(source, entry, **defines), params())

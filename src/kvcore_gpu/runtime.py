@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,8 +38,16 @@ class Runtime(Protocol):
     num_multiprocessors: int
     shared_per_block: int
 
-    def on_device(self, device: int) -> Runtime:
-        """The runtime of another device, or of the same; InvalidArgument: there is none."""
+    def on_device(self, device: int | None) -> Runtime:
+        """The runtime of a device, or of the one that is current.
+
+        Raises:
+            InvalidArgument: there is no such device.
+        """
+        ...
+
+    def active(self) -> AbstractContextManager[Any]:
+        """A context in which `xp` makes its arrays on this device."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -47,6 +56,18 @@ class Runtime(Protocol):
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """The same, with zeros."""
+        ...
+
+    def available_memory(self) -> int:
+        """Bytes that could still be had."""
+        ...
+
+    def check_active(self) -> None:
+        """Raises InvalidArgument unless this device is the current one."""
+        ...
+
+    def to_device(self, array: NDArray[Any]) -> Any:
+        """A dense copy of a host array, which may wait."""
         ...
 
     def as_array(self, value: Any, argument: str) -> Any:
@@ -78,7 +99,7 @@ class Runtime(Protocol):
 
     def launch(
         self,
-        function: Function,
+        function: Any,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
         shared_bytes: int,

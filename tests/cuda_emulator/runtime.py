@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -110,10 +111,13 @@ class EmulatedRuntime:
         self._functions: dict[object, EmulatedFunction] = {}
         self._arrays: dict[int, weakref.ref[NDArray[Any]]] = {}
 
-    def on_device(self, device: int) -> EmulatedRuntime:
-        if device != self.device:
+    def on_device(self, device: int | None) -> EmulatedRuntime:
+        if device not in (None, self.device):
             raise InvalidArgument(f"device: expected 0, the only one, got {device}")
         return self
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     # ---- memory
 
@@ -124,6 +128,15 @@ class EmulatedRuntime:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return self._know(np.zeros(shape, dtype))
+
+    def available_memory(self) -> int:
+        return 1 << 30
+
+    def check_active(self) -> None:
+        """It always is."""
+
+    def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
+        return self._know(np.array(array, order="C"))
 
     def as_array(self, value: Any, argument: str) -> NDArray[Any]:
         return self._know(as_array(value, argument))

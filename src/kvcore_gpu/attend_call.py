@@ -1,0 +1,217 @@
+"""One call of attend: the user's arrays and options as parameters of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore import checks
+from kvcore.attend_options import (
+    AttendOptions,
+    check_sight,
+    packed_mask,
+    per_head,
+    token_positions,
+)
+from kvcore.backend import Plan, lies_on_device
+from kvcore.errors import InvalidType
+from kvcore_gpu import params
+from kvcore_gpu.arrays import check_out, dense, put_rows, rows_for
+from kvcore_gpu.attention import Attention, Shape
+from kvcore_gpu.blocks import DeviceBlocks
+from kvcore_gpu.launcher import Launcher
+from kvcore_gpu.runtime import Runtime
+from kvcore_gpu.scratch import Scratch
+
+
+class AttendCall:
+    """The launches of one layer's attention, with their parameters.
+
+    Args:
+        launcher: the device's kernels.
+        scratch: memory for parts of results.
+        k, v: the layer's blocks.
+        v_in_k: whether V is the first elements of K.
+        can_miss: whether a block that is looked at may be -1.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        scratch: Scratch,
+        k: DeviceBlocks,
+        v: DeviceBlocks,
+        v_in_k: bool,
+        can_miss: bool,
+    ) -> None:
+        self._launcher = launcher
+        self._scratch = scratch
+        self._k, self._v = k, v
+        self._v_in_k = v_in_k
+        self._can_miss = can_miss
+        self._attentions: dict[tuple[int, int, bool, bool], Attention] = {}
+        self._params = params.AttendParams()
+        self._params.k, self._params.v = k.struct, v.struct
+
+    def run(
+        self,
+        plan: Plan,
+        q: Any,
+        layout: str,
+        options: AttendOptions,
+        return_lse: bool,
+        out: Any | None,
+    ) -> Any:
+        """out, or (out, lse); plan.device says where the sequences lie."""
+        runtime, fill = self._launcher.runtime, self._params
+        k, v = self._k, self._v
+        rows = rows_for(runtime, q, "q", layout, plan, k.num_heads, k.head_dim, grouped=True)
+        shape = (*rows.shape[:-1], v.head_dim)
+        num_heads = rows.shape[layout.index("H")]
+        if out is None:
+            target = runtime.empty(shape, rows.dtype)
+        else:
+            target = check_out(runtime, out, shape, rows.dtype)
+        kept = self._put_options(plan, options, num_heads)
+        if len(shape) == 4 and shape[0] * shape[layout.index("S")] != plan.num_tokens:
+            target[...] = 0  # the padding; the rest is written over
+        put_rows(fill, params.AttendParams.q.offset, runtime, rows, layout)
+        put_rows(fill, params.AttendParams.out.offset, runtime, target, layout)
+        lse = None
+        if return_lse:
+            lse = runtime.empty((plan.num_tokens, num_heads), np.float32)
+        fill.lse = None if lse is None else runtime.address(lse)
+        fill.plan = plan.device
+        fill.group = num_heads // k.num_heads
+        self._attention_for(fill, options).launch(fill, self._scratch.get)
+        del kept  # from here on the stream's order keeps its memory for the launches
+        return target if lse is None else (target, lse)
+
+    def _attention_for(self, fill: params.AttendParams, options: AttendOptions) -> Attention:
+        """The kernels for these queries and options, compiled when first asked for."""
+        key = (fill.group, fill.q.dtype, has_options(options), bool(options.exact))
+        found = self._attentions.get(key)
+        if found is None:
+            k, v = self._k, self._v
+            shape = Shape(
+                k.format,
+                v.format,
+                k.head_dim,
+                v.head_dim,
+                self._v_in_k,
+                k.num_heads,
+                fill.group,
+                k.block_size,
+                fill.q.dtype,
+                has_options(options),
+                bool(options.exact),
+            )
+            found = self._attentions[key] = Attention(self._launcher.runtime, shape)
+        return found
+
+    def _put_options(self, plan: Plan, options: AttendOptions, num_heads: int) -> list[Any]:
+        """Fills in the options; returns arrays that the launches read."""
+        fill = self._params
+        fill.scale = options.scale_for(self._k.head_dim)
+        fill.softcap = options.softcap or 0.0
+        fill.causal = bool(options.causal)
+        fill.window = options.window or 0
+        fill.alibi_slopes = self._floats(options.alibi_slopes, "alibi_slopes", num_heads)
+        fill.sinks = self._floats(options.sinks, "sinks", num_heads)
+        fill.positions = fill.mask = fill.mask_offsets = None
+        if options.positions is None and options.mask is None:
+            if self._can_miss:
+                check_sight(plan, int(self._k.struct.num_blocks), options, None, None, None)
+            return []
+        return self._put_positions_and_mask(plan, options)
+
+    def _put_positions_and_mask(self, plan: Plan, options: AttendOptions) -> list[Any]:
+        fill, runtime = self._params, self._launcher.runtime
+        kept: list[Any] = []
+        positions = options.positions
+        on_device = lies_on_device(positions)
+        if on_device:
+            array = device_array(runtime, positions, "positions", np.int32)
+            checks.shape(array.shape, (plan.num_tokens,), "positions", "[T]")
+            fill.positions = runtime.address(array)
+            kept.append(array)
+        host = None if on_device else token_positions(positions, plan.num_tokens)
+        mask, offsets = packed_mask(on_host(runtime, options.mask), plan)
+        if self._can_miss and not on_device:
+            check_sight(plan, int(self._k.struct.num_blocks), options, host, mask, offsets)
+        parts = [part for part in (offsets, host, mask) if part is not None]
+        if parts:
+            sent = send(runtime, parts)
+            kept.append(sent)
+            places = _places(runtime.address(sent), parts)
+            for name, part in (("mask_offsets", offsets), ("positions", host), ("mask", mask)):
+                if part is not None:
+                    setattr(fill, name, next(places))
+        return kept
+
+    def _floats(self, value: Any | None, argument: str, num_heads: int) -> int | None:
+        """The address of one float32 for each query head."""
+        if value is None:
+            return None
+        runtime = self._launcher.runtime
+        if lies_on_device(value):
+            array = device_array(runtime, value, argument, np.float32)
+            checks.shape(array.shape, (num_heads,), argument, "[Hq]")
+            return runtime.address(array)
+        floats = per_head(value, argument, num_heads)
+        assert floats is not None
+        return self._launcher.constant(floats)
+
+
+def has_options(options: AttendOptions) -> bool:
+    """Whether a mask, positions, slopes, a window, a soft cap or no causality is given."""
+    return (
+        options.softcap is not None
+        or options.alibi_slopes is not None
+        or not options.causal
+        or options.mask is not None
+        or options.window is not None
+        or options.positions is not None
+    )
+
+
+def device_array(runtime: Runtime, value: Any, argument: str, dtype: Any) -> Any:
+    """A caller's dense array of the device; its values cannot be looked at without waiting."""
+    array = runtime.as_array(value, argument)
+    if array.dtype != dtype:
+        raise InvalidType(f"{argument}: expected {np.dtype(dtype).name}, got {array.dtype.name}")
+    return dense(runtime, array)
+
+
+def on_host(runtime: Runtime, mask: Any) -> Any:
+    """A list of masks with those on the device copied to the host."""
+    if mask is None or isinstance(mask, np.ndarray):
+        return mask
+    return [runtime.to_host(entry) if lies_on_device(entry) else entry for entry in mask]
+
+
+def send(runtime: Runtime, parts: list[NDArray[Any]]) -> Any:
+    """Host arrays in one copy, each from a multiple of 8 bytes on."""
+    sizes = [_padded(part.nbytes) for part in parts]
+    staged = runtime.stage(sum(sizes) // 4)
+    at = 0
+    memory = staged.view(np.uint8)
+    for part, size in zip(parts, sizes, strict=True):
+        memory[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
+        at += size
+    target = runtime.empty(staged.shape, np.int32)
+    runtime.upload(staged, target)
+    return target
+
+
+def _places(address: int, parts: list[NDArray[Any]]) -> Any:
+    """Where `send` has put each."""
+    for part in parts:
+        yield address
+        address += _padded(part.nbytes)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 8) * 8
