@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,24 @@ RESULTS = Path(__file__).with_name("results")
 #: more to end by itself.
 LIMITS = {
     "device": 15,
+    "compile": 60,
     "roof": 15,
-    "decode": 60,
-    "prefill": 30,
-    "append": 25,
+    "decode": 45,
+    "prefill": 25,
+    "append": 20,
     "overhead": 15,
     "model": 18,
-    "parity": 110,
+    "parity": 80,
     "torch-flash": 20,
     "torch-flash-rows": 15,
     "torch-cudnn": 20,
     "torch-cudnn-rows": 15,
-    "torch-flex": 30,
-    "flashinfer": 30,
+    "torch-flex": 25,
+    "flashinfer": 25,
 }
+#: Parts that compile many kernels, which several processes do at once.
+SHARED_OUT = ("compile", "parity")
+MOST_PROCESSES = 8
 SANITIZER_SECONDS = 25
 GRACE_SECONDS = 5
 TOOLS = ("memcheck", "racecheck")
@@ -104,12 +109,22 @@ def unavailable() -> str | None:
 
 def run_part(name: str, quick: bool) -> list[dict[str, Any]]:
     """What a part found, however it ended."""
+    processes = 1
+    if name in SHARED_OUT:
+        processes = max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
+    with ThreadPoolExecutor(processes) as pool:
+        shares = pool.map(lambda i: run_share(name, quick, i, processes), range(processes))
+        return [record for share in shares for record in share]
+
+
+def run_share(name: str, quick: bool, share: int, shares: int) -> list[dict[str, Any]]:
+    """What one of the processes of a part found."""
     limit = LIMITS[name]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "records.jsonl"
         command = [sys.executable, "-m", "bench.gpu.parts", name, "--to", str(file)]
-        command += ["--seconds", str(limit)] + ["--quick"] * quick
-        reason = finish(command, limit + GRACE_SECONDS)
+        command += ["--seconds", str(limit), "--share", str(share), "--shares", str(shares)]
+        reason = finish(command + ["--quick"] * quick, limit + GRACE_SECONDS)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     records = [{"part": name, **record} for record in parsed(lines)]
     if reason is not None:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import kvcore
 from bench.gpu import graphs, peers, targets
 from bench.gpu.kvcore_tasks import CacheTask
+
+T = TypeVar("T")
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
@@ -26,12 +28,22 @@ MATMUL_SIZE = 8192
 class Part:
     """Where a part writes what it finds, and how long it may take.
 
+    Args:
+        share, shares: this process does every `shares`-th piece of work from number `share` on.
+
     Attributes:
         quick: few cases, few replays.
     """
 
-    def __init__(self, file: Path, seconds: float, quick: bool) -> None:
+    def __init__(
+        self, file: Path, seconds: float, quick: bool, share: int = 0, shares: int = 1
+    ) -> None:
         self._file, self._end, self.quick = file, time.monotonic() + seconds, quick
+        self._share, self._shares = share, shares
+
+    def own(self, work: Sequence[T]) -> Sequence[T]:
+        """What of `work` is this process's."""
+        return work[self._share :: self._shares]
 
     @property
     def is_over(self) -> bool:
@@ -84,11 +96,27 @@ def parity(part: Part) -> None:
     subject = suite.Subject("cuda")
     name = subject.device
     cases = suite.select_cases(["decode/*", "prefill/*"] if part.quick else None)
-    for case in cases:
+    for case in part.own(cases):
         if part.is_over:
             part.record("skipped", name=case.name, reason="out of time")
             continue
         part.record("parity", **_finite(asdict(suite.try_case(case, subject, name))))
+
+
+def compile_kernels(part: Part) -> None:
+    """Small forms of what will be timed, so that its kernels are compiled by then."""
+    import cupy as cp
+
+    def attempt(target: targets.Target) -> None:
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            task = CacheTask(targets.small(target), 1, cp)
+            with task.step() as step:
+                task.prepare(step)
+                task.attend(step)
+            stream.synchronize()
+
+    kinds = ("decode", "prefill", "append")
+    part.each(part.own([t for kind in kinds for t in targets.of_kind(kind, part.quick)]), attempt)
 
 
 def roof(part: Part) -> None:
@@ -231,6 +259,7 @@ def peer(name: str) -> Callable[[Part], None]:
 
 PARTS: dict[str, Callable[[Part], None]] = {
     "device": device,
+    "compile": compile_kernels,
     "roof": roof,
     "parity": parity,
     "decode": attends("decode"),
@@ -270,9 +299,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("name", choices=PARTS)
     parser.add_argument("--to", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--share", type=int, default=0)
+    parser.add_argument("--shares", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args(argv)
-    PARTS[given.name](Part(given.to, given.seconds, given.quick))
+    part = Part(given.to, given.seconds, given.quick, given.share, given.shares)
+    PARTS[given.name](part)
     return 0
 
 

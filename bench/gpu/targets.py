@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.cases import Case, decode
 from bench.formats import is_quantized
@@ -46,6 +46,7 @@ class Target:
         return max(1, -(-ROTATION * l2_bytes // self.nbytes))
 
 
+SMALL_LENGTH = 256
 #: How far what is read goes beyond the second level cache before it is read again.
 ROTATION = 8
 
@@ -84,6 +85,15 @@ def of_kind(kind: str, quick: bool) -> Iterator[Target]:
     for target in ALL:
         if target.case.kind == kind and (not quick or target.name in QUICK):
             yield target
+
+
+def small(target: Target) -> Target:
+    """The same heads and formats over so few tokens that only the kernels' compilation counts."""
+    case = target.case
+    stored, new = (
+        tuple(min(n, SMALL_LENGTH) for n in sizes[:1]) for sizes in (case.stored, case.new)
+    )
+    return replace(target, case=replace(case, stored=stored, new=new))
 
 
 def dtype_of(target: Target) -> str:
