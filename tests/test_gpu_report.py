@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bench import gpu_report
 from bench.cases import Case, decode
-from bench.gpu import graphs, parts, peers, table, targets
+from bench.gpu import graphs, kvcore_tasks, parts, peers, table, targets
 from bench.gpu import model as language
 from bench.gpu.kvcore_tasks import CacheTask
 from bench.gpu.targets import Target
@@ -255,6 +255,7 @@ def cupy(monkeypatch):
         Target(Case("p", "prefill", (40,), (30,), 4, 2, 64), "fp16", tflops=1),
         Target(Case("a", "append", (0,), (64,), 4, 2, 64), "chan4/rot4", share=0.5),
     ))  # fmt: skip
+    monkeypatch.setattr(kvcore_tasks, "RANDOM_VALUES", 1 << 10)
     monkeypatch.setattr(parts, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(parts, "MATMUL_SIZE", 16)
     return module
