@@ -7,31 +7,11 @@
 
 #include "formats.cuh"
 #include "params.cuh"
-
-/* What a thread moves at once: the most that divides rows of so many bytes. */
-template <s32 BYTES>
-constexpr s32 UNIT = BYTES % 16 == 0  ? 16
-                     : BYTES % 8 == 0 ? 8
-                     : BYTES % 4 == 0 ? 4
-                                      : 2;
-
-template <s32 BYTES> struct UnitOf;
-template <> struct UnitOf<16> {
-    typedef uint4 Type;
-};
-template <> struct UnitOf<8> {
-    typedef uint2 Type;
-};
-template <> struct UnitOf<4> {
-    typedef u32 Type;
-};
-template <> struct UnitOf<2> {
-    typedef u16 Type;
-};
+#include "rows.cuh"
 
 template <s32 ROW_BYTES>
 KV_DEVICE void copy_rows(u8 *to, const u8 *from, s32 num_rows, s64 row_stride) {
-    typedef typename UnitOf<UNIT<ROW_BYTES>>::Type Unit;
+    using Unit = typename AccessOf<access_size(ROW_BYTES)>::Type;
     constexpr u32 units = ROW_BYTES / sizeof(Unit);
     const u32 count = (u32)num_rows * units, step = gridDim.z * blockDim.x;
     for (u32 i = blockIdx.z * blockDim.x + threadIdx.x; i < count; i += step) {
