@@ -62,5 +62,5 @@ class AppendCall:
         runtime.launch(self._append, (num_blocks, self._planes, 1), _BLOCK, 0, fill)
         if self._seal is not None:
             groups = -(-plan.max_new // GROUP_TOKENS)
-            grid = groups, self._planes * heads, plan.num_sequences
+            grid = groups, heads, plan.num_sequences
             runtime.launch(self._seal, grid, _BLOCK, 0, fill)

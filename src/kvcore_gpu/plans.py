@@ -21,6 +21,8 @@ def table_width(num_columns: int, block_size: int) -> int:
 
     Launches and addresses depend on it, and so stay the same while sequences grow a while.
     """
+    if not num_columns:
+        return 0  # a plan of slots alone
     step = 1 << max(0, (num_columns - 1).bit_length() - 3)
     return max(_LEAST_TOKENS // block_size, -(-num_columns // step) * step)
 

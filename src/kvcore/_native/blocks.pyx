@@ -265,9 +265,11 @@ cdef class Plan:
 
     @property
     def num_columns(self):
-        """Blocks of the longest sequence, released ones included."""
+        """Blocks of the longest sequence, released ones included; 0 without block tables."""
         cdef int32_t longest = 0
         cdef int32_t s
+        if self.c.block_rows == NULL:
+            return 0
         for s in range(self.c.num_sequences):
             longest = max(longest, self.c.seq_lens[s])
         return (longest + self.c.block_size - 1) // self.c.block_size

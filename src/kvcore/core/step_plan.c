@@ -45,7 +45,7 @@ kv_status kv_step_get_plan(const kv_step *step, int32_t group, kv_plan *out) {
 }
 
 kv_status kv_plan_block_tables(const kv_plan *plan, int32_t *out, int32_t width) {
-    if (!plan || !out) {
+    if (!plan || !out || !plan->block_rows) {
         return KV_ERR_NULL;
     }
     for (int32_t s = 0; s < plan->num_sequences; s++) {
