@@ -172,9 +172,21 @@ def test_a_device_that_is_not_there() -> None:
             load("smollm2", backend="cuda")
 
 
+def test_what_a_device_lacks_is_told_before_weights_are_read(strict: StrictBackend) -> None:
+    def matmul(*_: Any, **__: Any) -> Any:
+        raise ImportError("libcublas.so: cannot open shared object file\nand more")
+
+    strict.xp.matmul = matmul
+    with pytest.raises(
+        kvcore.BackendUnavailable,
+        match=r'^backend "cuda": a matrix product failed: libcublas.so: .*kvcore\[models-cuda\]',
+    ):
+        load("smollm2", backend="cuda", device=DEVICE)
+
+
 def test_the_stand_in_refuses_what_a_device_would() -> None:
     xp, ones = StrictModule(), np.ones(3, np.float32)
-    with pytest.raises(Leak, match="0 is the current"):
+    with pytest.raises(Leak, match="than 0, the current"):
         xp.asarray(ones)
     with xp.device(DEVICE):
         x = xp.asarray(ones)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kvcore.backend import Backend, get_backend
 from kvcore.cache import KVCache
-from kvcore.errors import InvalidArgument
+from kvcore.errors import BackendUnavailable, InvalidArgument
 from kvcore.models.linear import ArrayLinear, HostLinear, Linear
 from kvcore.spec import CacheSpec
 
@@ -31,7 +31,7 @@ class Device:
 
     Raises:
         InvalidArgument: there is no such backend or device.
-        BackendUnavailable: the backend cannot be used here.
+        BackendUnavailable: the backend cannot be used here, or lacks what the decoder needs.
     """
 
     def __init__(self, backend: str = "cpu", number: int | None = None) -> None:
@@ -40,8 +40,9 @@ class Device:
         self.xp = self.backend.xp
         self.is_host = self.xp is np
         self.linear: Linear = HostLinear() if self.is_host else ArrayLinear(self.xp)
-        with self.active():  # a device that does not exist says so before weights are read
-            pass
+        with self.active():  # so that what is missing is told before weights are read
+            if not self.is_host:
+                self._check_arithmetic()
 
     def __repr__(self) -> str:
         return _name(self.backend, self.number)
@@ -66,6 +67,20 @@ class Device:
     def active(self) -> AbstractContextManager[Any]:
         """A context in which `xp` makes its arrays on this device."""
         return self.backend.on_device(self.number)
+
+    def _check_arithmetic(self) -> None:
+        """Raises unless products and sums work, for which CuPy needs cuBLAS and CUDA's headers."""
+        try:
+            ones = self.put(np.ones((2, 2), np.float32))
+            out = self.xp.empty((2, 2), self.xp.float32)
+            self.linear.apply(ones, ones, ones[0], out)
+            self.get(out)
+        except Exception as error:  # CuPy turns what its libraries lack into many kinds
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise BackendUnavailable(
+                f'backend "{self.backend.name}": a matrix product failed: {reason}; the decoder '
+                'needs cuBLAS and the CUDA headers: pip install "kvcore[models-cuda]"'
+            ) from error
 
     def put(self, array: npt.NDArray[Any]) -> Any:
         """A NumPy array as one of `xp`; call it within `active`."""
