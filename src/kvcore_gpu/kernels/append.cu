@@ -70,7 +70,10 @@ KV_KERNEL(append, AppendParams, THREADS, 4) {
     constexpr s32 widest = HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V;
     KV_SHARED uint4 stages[ROWS][STAGE_BYTES<widest> / 16];
     u8 *stage = reinterpret_cast<u8 *>(stages[threadIdx.x / 16]);
-    if (blockIdx.y == 0)
+    if constexpr (K_FORMAT == V_FORMAT && HEAD_DIM == HEAD_DIM_V)
+        append_row<K_FORMAT, HEAD_DIM>(blockIdx.y ? p.v : p.k, blockIdx.y ? p.v_blocks : p.k_blocks,
+                                       p, stage);
+    else if (blockIdx.y == 0)
         append_row<K_FORMAT, HEAD_DIM>(p.k, p.k_blocks, p, stage);
     else
         append_row<V_FORMAT, HEAD_DIM_V>(p.v, p.v_blocks, p, stage);
