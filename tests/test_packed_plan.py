@@ -95,6 +95,9 @@ def test_plans_of_callers_own_books():
     assert target[second : second + 2].tolist() == [40, 33]
     assert target[third:].reshape(2, 4).tolist() == [[0, 1, 2, -1], [3, 4, 5, -1]]
     plan = Plan.from_slots(np.array([5, -1, 7], np.int32), 16)
+    assert plan.num_columns == 0
+    with pytest.raises(kvcore.InvalidArgument):
+        plan.pack(np.empty(100, np.int32), 0, 1)
     target = np.empty(plan.packed_size(0), np.int32)
     _, _, slots, end = plan.pack(target, 0, 0)
     assert target[slots : slots + 3].tolist() == [5, -1, 7] and end == target.size
