@@ -58,8 +58,8 @@ class AppendCall:
             put_rows(fill, params.AppendParams.v.offset, runtime, v_rows, layout)
         put_rows(fill, params.AppendParams.k.offset, runtime, k_rows, layout)
         fill.plan = plan.device
-        num_blocks = -(-plan.num_tokens * heads // _ROWS_PER_BLOCK)
-        runtime.launch(self._append, (num_blocks, self._planes, 1), _BLOCK, 0, fill)
+        num_blocks = -(-plan.num_tokens // _ROWS_PER_BLOCK)
+        runtime.launch(self._append, (num_blocks, heads, self._planes), _BLOCK, 0, fill)
         if self._seal is not None:
             groups = -(-plan.max_new // GROUP_TOKENS)
             grid = groups, heads, plan.num_sequences

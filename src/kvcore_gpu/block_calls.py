@@ -65,7 +65,7 @@ def read(
         fill.raw_row = runtime.address(rows) + block_row.nbytes
     fill.start, fill.stop, fill.length = start, stop, stop
     put_rows(fill, params.ReadParams.out.offset, runtime, out, "NHD")
-    kernel.launch((-(-out.shape[0] * blocks.num_heads // _ROWS_PER_BLOCK), 1, 1), _BLOCK)
+    kernel.launch((-(-out.shape[0] // _ROWS_PER_BLOCK), blocks.num_heads, 1), _BLOCK)
     return out
 
 

@@ -1,10 +1,10 @@
 /* New rows of K and V into their slots: encoded, and raw where a quantized cache keeps raw rows.
  *
- *   append   a row (one token and head) to 16 lanes, 8 rows a block; K and V in one launch. Grid:
- *            ceil(T * H / 8), 2 (1 where V lies in K). A row is read and written once, by 16 bytes;
- *            all between happens in registers, but for two passes through shared memory, which turn
- *            16 bytes of a lane into every 16th element and back. The floor is those bytes over the
- *            memory's bandwidth.
+ *   append   a row (one token and head) to 16 lanes, 8 tokens of a head to a block; K and V in one
+ *            launch. Grid: ceil(T / 8), H, 2 (1 where V lies in K). A row is read and written once,
+ *            by 16 bytes; all between happens in registers, but for two passes through shared
+ *            memory, which turn 16 bytes of a lane into every 16th element and back. The floor is
+ *            those bytes over the memory's bandwidth.
  *   seal     channel formats, which are for keys: the groups of 32 tokens that the step completes,
  *            from their raw rows, after append. A group and head to a block, a channel to a lane.
  *            Grid: the most groups that a sequence can complete, ceil(max_new / 32); H; S. Blocks
@@ -51,15 +51,14 @@ KV_DEVICE void append_quantized(const Rows &rows, const Blocks &blocks, const Ap
 template <s32 FORMAT, s32 D>
 KV_DEVICE void append_row(const Rows &rows, const Blocks &blocks, const AppendParams &p,
                           u8 *stage) {
-    const s64 count = (s64)p.plan.num_tokens * rows.num_heads;
-    const s64 i = (s64)blockIdx.x * ROWS + threadIdx.x / 16;
-    const s64 row = min(i, count - 1); /* a lane without a row of its own still takes part */
-    const s32 t = (s32)(row / rows.num_heads), head = (s32)(row % rows.num_heads);
+    const s32 at = (s32)(blockIdx.x * ROWS + threadIdx.x / 16), head = (s32)blockIdx.y;
+    const s32 t = min(at, p.plan.num_tokens - 1); /* a lane without a row still takes part */
+    const bool mine = at == t;
     if constexpr (!IS_FLOAT<FORMAT>) {
-        append_quantized<FORMAT, D>(rows, blocks, p, t, head, stage, i < count);
+        append_quantized<FORMAT, D>(rows, blocks, p, t, head, stage, mine);
     } else {
         const s32 slot = p.plan.slots[t], size = 1 << blocks.block_size_log2;
-        if (i < count && slot >= 0)
+        if (mine && slot >= 0)
             convert_row_to<D, DTYPE_OF<FORMAT>>(
                 new_row(rows, p.plan, t, head), rows.dtype,
                 block_row(blocks, slot >> blocks.block_size_log2, head, slot & (size - 1)));
@@ -70,13 +69,13 @@ KV_KERNEL(append, AppendParams, THREADS, 4) {
     constexpr s32 widest = HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V;
     KV_SHARED uint4 stages[ROWS][STAGE_BYTES<widest> / 16];
     u8 *stage = reinterpret_cast<u8 *>(stages[threadIdx.x / 16]);
+    const bool is_v = blockIdx.z != 0;
     if constexpr (K_FORMAT == V_FORMAT && HEAD_DIM == HEAD_DIM_V)
-        append_row<K_FORMAT, HEAD_DIM>(blockIdx.y ? p.v : p.k, blockIdx.y ? p.v_blocks : p.k_blocks,
-                                       p, stage);
-    else if (blockIdx.y == 0)
-        append_row<K_FORMAT, HEAD_DIM>(p.k, p.k_blocks, p, stage);
-    else
+        append_row<K_FORMAT, HEAD_DIM>(is_v ? p.v : p.k, is_v ? p.v_blocks : p.k_blocks, p, stage);
+    else if (is_v)
         append_row<V_FORMAT, HEAD_DIM_V>(p.v, p.v_blocks, p, stage);
+    else
+        append_row<K_FORMAT, HEAD_DIM>(p.k, p.k_blocks, p, stage);
 }
 
 /* ---- sealed groups ----------------------------------------------------------------------------- */

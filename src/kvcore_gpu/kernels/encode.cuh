@@ -180,12 +180,15 @@ KV_DEVICE u16 encode_levels(const float (&x)[D / 16], float factor, Power power,
 
 /* x: finite from here on. Whether it was before. */
 template <s32 D> KV_DEVICE bool saturate_row(float (&x)[D / 16]) {
-    bool finite = true;
+    u32 largest = 0;
 #pragma unroll
-    for (s32 k = 0; k < D / 16; k++) {
-        finite = finite && is_finite(x[k]);
-        x[k] = saturated(x[k]);
-    }
+    for (s32 k = 0; k < D / 16; k++)
+        largest = max(largest, float_as_u32(x[k]) & 0x7fffffffu);
+    const bool finite = largest < 0x7f800000u;
+    if (any(!finite))
+#pragma unroll
+        for (s32 k = 0; k < D / 16; k++)
+            x[k] = saturated(x[k]);
     return finite;
 }
 

@@ -1,7 +1,8 @@
 /* What blocks hold, as plain rows.
  *
  *   read          tokens [start, stop) of a sequence as its next token reads them, out [T, H, D].
- *                 A row to 16 lanes, 8 a block: grid ceil((stop - start) * H / 8).
+ *                 A row to 16 lanes, 8 tokens of a head to a block: grid ceil((stop - start) / 8),
+ *                 H.
  *   restore_raw   raw rows that were lost, out of the encoded ones. Grid: num_restores, H.
  *
  * -DK_FORMAT, -DHEAD_DIM. Compiled without fused multiply-adds.
@@ -52,14 +53,12 @@ template <s32 FORMAT, s32 D> KV_DEVICE void read_float(const ReadParams &p, s32 
 
 KV_KERNEL(read, ReadParams, THREADS, 2) {
     KV_SHARED uint4 stages[ROWS][STAGE_BYTES<HEAD_DIM> / 16];
-    const s32 num_heads = p.blocks.num_heads;
-    const s64 count = (s64)(p.stop - p.start) * num_heads;
-    const s64 at = (s64)blockIdx.x * ROWS + threadIdx.x / 16, row = min(at, count - 1);
-    const s32 i = (s32)(row / num_heads), head = (s32)(row % num_heads);
+    const s32 at = (s32)(blockIdx.x * ROWS + threadIdx.x / 16), head = (s32)blockIdx.y;
+    const s32 i = min(at, p.stop - p.start - 1); /* a lane without a row still takes part */
     if constexpr (!IS_FLOAT<K_FORMAT>)
         read_quantized<K_FORMAT, HEAD_DIM>(
-            p, i, head, reinterpret_cast<u8 *>(stages[threadIdx.x / 16]), at < count);
-    else if (at < count)
+            p, i, head, reinterpret_cast<u8 *>(stages[threadIdx.x / 16]), at == i);
+    else if (at == i)
         read_float<K_FORMAT, HEAD_DIM>(p, i, head);
 }
 

@@ -35,10 +35,10 @@ KV_DEVICE void butterfly(float &a, float &b) {
     b = a - b;
     a = sum;
 }
-/* The same where a lane has one of the two, b if bit `stride` of its number is set. */
+/* The same where a lane has one of the two, b if bit `stride` of its number is set. A product with
+ * 1 or -1 is exact, so that the fused sum is the sum. */
 KV_DEVICE void butterfly_of_lanes(float &x, s32 stride) {
-    const float other = shfl_xor(x, stride);
-    x = (lane_id() & stride) ? other - x : x + other;
+    x = fmaf(lane_id() & stride ? -1.0f : 1.0f, x, shfl_xor(x, stride));
 }
 
 /* Of a row of which lane l of LANES has elements l, l + LANES, ...: x := H(x). Strides go up, as
