@@ -91,6 +91,17 @@ struct WarpState {
     Sums o;
 };
 
+/* Most tiles leave the maximum of a row as it was. */
+KV_DEVICE void rescale(Sums &o, const float (&keep)[2]) {
+    if (!any(keep[0] != 1.0f || keep[1] != 1.0f))
+        return;
+#pragma unroll
+    for (s32 n = 0; n < 2 * V_STEPS; n++)
+#pragma unroll
+        for (s32 i = 0; i < 4; i++)
+            o[n][i] *= keep[i >> 1];
+}
+
 template <bool RAW>
 KV_DEVICE void attend_tile(const AttendParams &p, const Work &work, const Rows2 &rows,
                            const Queries<RAW> &queries, u8 *k_tile, u8 *v_tile, s32 j,
@@ -106,11 +117,7 @@ KV_DEVICE void attend_tile(const AttendParams &p, const Work &work, const Rows2 
 #pragma unroll
     for (s32 half = 0; half < 2; half++)
         state.l[half] *= keep[half];
-#pragma unroll
-    for (s32 n = 0; n < 2 * V_STEPS; n++)
-#pragma unroll
-        for (s32 i = 0; i < 4; i++)
-            state.o[n][i] *= keep[i >> 1];
+    rescale(state.o, keep);
     Weights weights;
     pack_tile<RAW>(weights, s, v_tile, state.l);
     if (V_IN_K) /* whose unseen rows may be cleared when no lane reads them as keys any more */
