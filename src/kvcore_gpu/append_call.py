@@ -7,10 +7,11 @@ from typing import Any
 from kvcore.backend import Plan
 from kvcore.formats import GROUP_TOKENS
 from kvcore_gpu import params
-from kvcore_gpu.arrays import put_rows, rows_for
+from kvcore_gpu.arrays import place, put_rows, rows_for, signature_of
 from kvcore_gpu.blocks import DeviceBlocks
 from kvcore_gpu.launcher import Launcher
 
+_K, _V = params.AppendParams.k.offset, params.AppendParams.v.offset
 _BLOCK = (128, 1, 1)
 _ROWS_PER_BLOCK = 8
 
@@ -39,7 +40,7 @@ class AppendCall:
         }
         self._append = launcher.function("append.cu", "append", **defines)
         self._seal = None
-        if "channel" in (k.format.kind, other.format.kind):
+        if k.format.kind == "channel":
             self._seal = launcher.function("append.cu", "seal", **defines)
         self._planes = 1 if v is None else 2
         self._params = params.AppendParams()
@@ -47,20 +48,43 @@ class AppendCall:
         if v is not None:
             self._params.v_blocks = v.struct
         self._params.not_finite = not_finite
+        self._signature: Any = None  # of the last call, if its arrays were read in place
+        self._rows: Any = None
 
     def run(self, plan: Plan, k: Any, v: Any | None, layout: str) -> None:
         """Stores the plan's new tokens; plan.device says where."""
-        runtime, fill = self._runtime, self._params
+        signature = (
+            layout,
+            plan.device,
+            signature_of(self._runtime, k),
+            signature_of(self._runtime, v),
+        )
+        if signature != self._signature or not self._place(k, v):
+            self._signature = None
+            if self._fill(plan, k, v, layout):
+                self._signature = signature
         heads = self._k.num_heads
-        k_rows = rows_for(runtime, k, "k", layout, plan, heads, self._k.head_dim)
-        if self._v is not None:
-            v_rows = rows_for(runtime, v, "v", layout, plan, heads, self._v.head_dim)
-            put_rows(fill, params.AppendParams.v.offset, runtime, v_rows, layout)
-        put_rows(fill, params.AppendParams.k.offset, runtime, k_rows, layout)
-        fill.plan = plan.device
         num_blocks = -(-plan.num_tokens // _ROWS_PER_BLOCK)
-        runtime.launch(self._append, (num_blocks, heads, self._planes), _BLOCK, 0, fill)
+        launch, fill = self._runtime.launch, self._params
+        launch(self._append, (num_blocks, heads, self._planes), _BLOCK, 0, fill)
         if self._seal is not None:
             groups = -(-plan.max_new // GROUP_TOKENS)
-            grid = groups, heads, plan.num_sequences
-            runtime.launch(self._seal, grid, _BLOCK, 0, fill)
+            launch(self._seal, (groups, heads, plan.num_sequences), _BLOCK, 0, fill)
+
+    def _place(self, k: Any, v: Any | None) -> bool:
+        """Where rows like the last call's lie; False if they cannot be read there."""
+        is_placed = place(self._params, _K, self._runtime, k)
+        return is_placed and (v is None or place(self._params, _V, self._runtime, v))
+
+    def _fill(self, plan: Plan, k: Any, v: Any | None, layout: str) -> bool:
+        """Checks and writes all that a launch needs; whether k and v are read where they are."""
+        runtime, fill, heads = self._runtime, self._params, self._k.num_heads
+        k_rows = rows_for(runtime, k, "k", layout, plan, heads, self._k.head_dim)
+        v_rows = None
+        if self._v is not None:
+            v_rows = rows_for(runtime, v, "v", layout, plan, heads, self._v.head_dim)
+            put_rows(fill, _V, runtime, v_rows, layout)
+        put_rows(fill, _K, runtime, k_rows, layout)
+        fill.plan = plan.device
+        self._rows = k_rows, v_rows  # copies live until the next
+        return k_rows is k and v_rows is v

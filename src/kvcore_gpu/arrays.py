@@ -16,6 +16,7 @@ ALIGNMENT = 16
 
 # params.Rows: data; strides of sequence, token and head; dtype, heads, head_dim, padded length.
 _ROWS = struct.Struct("@Pqqqiiii")
+_POINTER = struct.Struct("@P")
 _AXES = {"NHD": (0, 1), "HND": (1, 0), "BSHD": (1, 2), "BHSD": (2, 1)}  # token, head
 
 
@@ -76,6 +77,21 @@ def check_out(runtime: Runtime, out: Any, shape: tuple[int, ...], dtype: Any) ->
             f"{ALIGNMENT} bytes, got strides {array.strides}"
         )
     return array
+
+
+def signature_of(runtime: Runtime, array: Any) -> Any:
+    """What two arrays of the runtime's kind have in common if one can `place` the other's rows."""
+    if type(array) is runtime.array_type:
+        own: Any = array
+        return own.shape, own.strides, own.dtype
+    return None if array is None else object()  # equal to no other
+
+
+def place(params: ctypes.Structure, offset: int, runtime: Runtime, array: Any) -> bool:
+    """Writes where another array of the same signature lies; False: it is not aligned there."""
+    address = runtime.address(array)
+    _POINTER.pack_into(params, offset, address)
+    return address % ALIGNMENT == 0
 
 
 def put_rows(

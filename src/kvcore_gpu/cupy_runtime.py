@@ -38,6 +38,7 @@ class CupyRuntime:
 
     def __init__(self, device: int | None = None) -> None:
         self.xp: Any = _import_cupy()
+        self.array_type: type = self.xp.ndarray
         cuda = self.xp.cuda
         _check_devices(cuda)
         nvrtc.load()

@@ -25,6 +25,7 @@ class Runtime(Protocol):
     Attributes:
         name: what the device calls itself.
         xp: the module of its arrays, with NumPy's functions.
+        array_type: the class of its arrays.
         arch: what kernels are compiled for, such as "sm_90".
         device: the device's number.
         num_multiprocessors: how many blocks run at once, at least.
@@ -33,6 +34,7 @@ class Runtime(Protocol):
 
     name: str
     xp: Any
+    array_type: type
     arch: str
     device: int
     num_multiprocessors: int

@@ -83,6 +83,7 @@ class EmulatedRuntime:
 
     name = "emulator"
     xp: Any = np
+    array_type: type = np.ndarray
     arch = "sm_90"
     device = 0
     num_multiprocessors = 4
@@ -142,7 +143,7 @@ class EmulatedRuntime:
         return self._know(as_array(value, argument))
 
     def address(self, array: NDArray[Any]) -> int:
-        return array.ctypes.data
+        return self._know(array).ctypes.data
 
     def to_host(self, array: NDArray[Any]) -> NDArray[Any]:
         return np.array(array)
