@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import numpy as np
 import pytest
 
 import formats_reference as reference
+import kvcore_gpu
 from cuda_emulator.runtime import EmulatedRuntime
 from kvcore import ops
 from kvcore.formats import FORMATS, Format
+from kvcore_gpu import compiler, sources
 from kvcore_gpu.launcher import Launcher
 from kvcore_gpu.params import QuantizeParams
 from support import BFLOAT16
-from test_formats import channels, hard_rows
+from test_formats import channels, hard_rows, head_dims
 
 ROWS_OF_A_BLOCK = 8
 DTYPES = (np.float32, np.float16, BFLOAT16)
@@ -101,6 +105,12 @@ def test_bytes_and_rows_are_the_cpu_s(runtime: EmulatedRuntime, name: str, head_
     check(runtime, name, head_dim, with_bias=False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head_dim"), [(n, d) for n in QUANTIZED for d in head_dims(n)])
+def test_every_head_dim(runtime: EmulatedRuntime, name: str, head_dim: int) -> None:
+    check(runtime, name, head_dim, with_bias=False)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_with_a_bias_too(runtime: EmulatedRuntime, name: str) -> None:
     check(runtime, name, COMMON, with_bias=True)
@@ -175,3 +185,14 @@ def test_floats_are_converted_as_on_the_cpu(
 @pytest.mark.parametrize("name", ["int4", "rot3", "chan2"])
 def test_no_races_in_any_order(checked: EmulatedRuntime, name: str) -> None:
     check(checked, name, 64, with_bias=False)
+
+
+def test_nothing_is_fused_where_bytes_are_compared() -> None:
+    kernels = files(kvcore_gpu).joinpath("kernels")
+    names = [file.name for file in kernels.iterdir() if file.name.endswith(".cu")]
+    exact = {
+        name for name in names if {"metadata.cuh", "decode_row.cuh"} & {*sources.collect(name)}
+    }
+    assert exact == compiler.UNFUSED
+    for name in exact:
+        assert "--fmad=false" in compiler._options(name, {}, "sm_90")
