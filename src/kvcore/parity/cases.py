@@ -79,7 +79,7 @@ def _shapes() -> Iterator[Case]:
     for group in (1, 3, 4, 8):
         for spec in ("fp32", "bf16", "rot4"):
             yield CacheCase(f"heads/{group}-{spec}", trace, formats(spec), group=group)
-    for dim in (80, 96, 128, 256):
+    for dim in (72, 80, 96, 128, 256):
         specs = ("fp32", "bf16", "rot8", "chan4") if dim == 128 else ("bf16",)
         for spec in specs:
             yield CacheCase(f"dims/{dim}-{spec}", trace, {**formats(spec), "head_dim": dim})
@@ -93,6 +93,10 @@ def _shapes() -> Iterator[Case]:
                         {**latent, **formats(spec)}, group=16)  # fmt: skip
     yield CacheCase("latent/128-heads", (fill(a=33), step(a=1)), {**latent, **formats("bf16")},
                     group=128)  # fmt: skip
+    # Many splits, then few, then many: what counts them must start anew.
+    splits: Trace = (fill(a=1100, b=20), step(a=1, b=1), step(b=1), step(a=2))
+    for spec in ("fp32", "bf16", "rot4", "chan4"):
+        yield CacheCase(f"splits/{spec}", splits, formats(spec))
     for size in (16, 256):
         yield CacheCase(f"blocks/{size}", RAGGED, {**formats("fp16"), "block_size": size})
 
@@ -146,12 +150,12 @@ def _unseen() -> Iterator[Case]:
 
 def _invariances() -> Iterator[Case]:
     """The bits of a token's output do not depend on company, sharing or, if exact, on chunks."""
-    tails: Trace = (fill(a=300, b=40), step(a=1, b=2, c=20))
+    tails: Trace = (fill(a=540, b=40), step(a=1, b=2, c=20))
     alone: tuple[Trace, ...] = (
-        (fill(a=300), step(a=1)),
+        (fill(a=540), step(a=1)),
         (fill(b=40), step(b=2)),
         (step(c=20),),
-        (fill(a=300), fill(b=40), step(c=20, b=2, a=1)),
+        (fill(a=540), fill(b=40), step(c=20, b=2, a=1)),
     )
     # Forks that lose no raw rows: these would come back decoded.
     shared: Trace = (fill(a=290), Fork("a", "b", 290), Fork("a", "c", 288), step(a=1, b=2, c=25))
