@@ -6,6 +6,7 @@ and compares.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -171,12 +172,12 @@ def test_slots_of_minus_one_are_skipped(
 ) -> None:
     rng = np.random.default_rng(6)
     cache, backend = make_cache(monkeypatch, runtime, make_spec(rng, PAIRS[6]))
-    nowhere = runtime.as_array(np.full(5, -1, np.int32), "slots")
     with cache.step([(cache.sequence(), 5)]) as step:
         k, v = (rows(rng, 5, 64, DTYPES[0]) for _ in range(2))
         step.append(0, k, v)
         plan = step.plan()
-        plan.device.slots = plan.device.raw_slots = runtime.address(nowhere)
+        for address in (plan.device.slots, plan.device.raw_slots):
+            (ctypes.c_int32 * 5).from_address(address)[:] = [-1] * 5
         backend.cuda.append(backend.mirror, 0, plan, -k, -v, "NHD")
     backend.compare(cache._storage, "append to nowhere")
 
