@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.errors import BackendUnavailable, DeviceFault, InvalidArgument, InvalidType
+from kvcore.errors import BackendUnavailable, DeviceFault, InvalidArgument, InvalidType, StepError
 from kvcore_gpu import compiler, nvrtc
 from kvcore_gpu.params import Params
 from kvcore_gpu.staging import Staging
@@ -79,6 +79,14 @@ class CupyRuntime:
         context: AbstractContextManager[Any] = self.xp.cuda.Device(self.device)
         return context
 
+    def check_not_capturing(self) -> None:
+        if self._stream().is_capturing():
+            raise StepError(
+                "a CUDA graph cannot be captured from what is new or comes from the host: begin "
+                "the step before, run one like it once, and give slopes, sinks and positions as "
+                "arrays of the device"
+            )
+
     def available_memory(self) -> int:
         with self.active():
             free: int = self.xp.cuda.runtime.memGetInfo()[0]
@@ -134,6 +142,7 @@ class CupyRuntime:
         return copy
 
     def stage(self, count: int) -> NDArray[np.int32]:
+        self.check_not_capturing()
         return self._staging.take(count)
 
     def upload(self, staged: NDArray[np.int32], target: Any) -> None:

@@ -52,6 +52,7 @@ class Launcher:
         key = (source, entry, *sorted(defines.items()))
         function = self._functions.get(key)
         if function is None:
+            self.runtime.check_not_capturing()
             function = self.runtime.function(source, entry, defines)
             self._functions[key] = function
         return function
@@ -61,6 +62,7 @@ class Launcher:
         key = values.tobytes()
         array = self._constants.get(key)
         if array is None:
+            self.runtime.check_not_capturing()
             array = self._constants[key] = self.runtime.to_device(values)
         return self.runtime.address(array)
 

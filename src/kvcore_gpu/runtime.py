@@ -60,6 +60,14 @@ class Runtime(Protocol):
         """The same, with zeros."""
         ...
 
+    def check_not_capturing(self) -> None:
+        """Raises StepError while the current stream is being captured into a graph.
+
+        For what no graph can hold: memory that is made, kernels that are loaded, values of the
+        host.
+        """
+        ...
+
     def available_memory(self) -> int:
         """Bytes that could still be had."""
         ...

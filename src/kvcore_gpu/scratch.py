@@ -28,6 +28,7 @@ class Scratch:
         """The address of `count` elements; zeros when they are new."""
         size, address = self._addresses.get(name, (-1, 0))
         if count > size:
+            self._runtime.check_not_capturing()
             size = 1 << max(0, count - 1).bit_length()
             array = self._runtime.zeros((size,), dtype)
             self._kept.append(array)

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.errors import StepError
-
 _ITEM = 4  # bytes of an int32
 _SLOTS = 8
 _LEAST = 1 << 12  # elements
@@ -23,16 +21,7 @@ class Staging:
         self._next = 0
 
     def take(self, count: int) -> NDArray[np.int32]:
-        """Room for `count` elements, until the next call of this.
-
-        Raises:
-            StepError: the current stream is being captured into a graph.
-        """
-        if self._cuda.get_current_stream().is_capturing():
-            raise StepError(
-                "a CUDA graph cannot capture values that come from the host: begin the step before "
-                "the capture, and give positions, slopes and sinks as arrays of the device"
-            )
+        """Room for `count` elements, until the next call of this."""
         self._next = (self._next + 1) % _SLOTS
         slot = self._slots[self._next]
         if slot.event is not None:

@@ -19,6 +19,7 @@ from kvcore import backend
 from kvcore_gpu import params
 from kvcore_gpu.backend import CudaBackend
 from kvcore_gpu.launcher import Launcher
+from kvcore_gpu.scratch import Scratch
 
 cupy = pytest.importorskip("cupy")
 
@@ -238,10 +239,26 @@ class TestUploads:
             kept.append(staged)
         assert [array[0] for array in kept] == list(range(5))
 
-    def test_a_capture_is_refused(self, runtime, stand_in):
+    def test_a_capture_is_refused_what_it_cannot_hold(self, runtime, stand_in):
+        launcher, scratch = Launcher(runtime), Scratch(runtime)
+        floats = np.ones(4, np.float32)
+
+        def use():
+            scratch.get("a", 4, np.float32)
+            launcher.constant(floats)
+            launcher.function("a.cu", "a", D=1)
+
+        use()
         stand_in.capturing = True
-        with pytest.raises(kvcore.StepError, match="begin the step before the capture"):
-            runtime.stage(4)
+        use()  # all of it is there
+        for new in (
+            lambda: runtime.stage(4),
+            lambda: scratch.get("a", 5, np.float32),
+            lambda: launcher.constant(floats + 1),
+            lambda: launcher.function("a.cu", "a", D=2),
+        ):
+            with pytest.raises(kvcore.StepError, match="begin the step before, run one like it"):
+                new()
 
 
 def steps_launches(stand_in, cache, sequences, k, v, size):

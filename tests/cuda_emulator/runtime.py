@@ -130,6 +130,9 @@ class EmulatedRuntime:
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         return self._know(np.zeros(shape, dtype))
 
+    def check_not_capturing(self) -> None:
+        """Nothing ever is."""
+
     def available_memory(self) -> int:
         return 1 << 30
 
