@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from kvcore import GroupSpec
 from kvcore.formats import FORMATS
 from kvcore.parity.attention_cases import attention_case, merge_case, paged_case
@@ -33,6 +35,7 @@ MIXED = (("rot6", "rot4"), ("bf16", "rot4"), ("chan4", "rot3"), ("rot8", "fp32")
 # Long prompts reach beyond the first splits, short ones end inside a tile.
 PREFILL: Trace = (step(a=75), step(a=70, b=33))
 DECODE: Trace = (fill(a=530, b=5, c=130), step(a=1, b=1, c=1), step(c=1, a=1))
+CHUNK: Trace = (fill(a=530, b=200), step(a=70, b=2))
 RAGGED: Trace = (step(a=64, b=17), step(b=40, a=1, c=3), step(c=1, a=31, b=1))
 APPEND: Trace = (fill(a=31), fill(a=1, b=100), fill(b=1, a=33), fill(a=30, b=27))
 
@@ -56,6 +59,11 @@ def _formats() -> Iterator[Case]:
         yield CacheCase(f"decode/{name}", DECODE, spec)
         yield CacheCase(f"prefill/{name}", PREFILL, spec)
         yield CacheCase(f"ragged/{name}", RAGGED, {**spec, "block_size": 64})
+    for name in ("fp32", "bf16", "rot8", "chan4"):
+        yield CacheCase(f"chunk/{name}", CHUNK, formats(name))
+    bias = np.random.default_rng(0).normal(0, 3, (1, 2, 64))
+    for name in ("int8", "fp8_e4m3", "int4", "rot8", "rot3", "chan4", "chan2"):
+        yield CacheCase(f"key-bias/{name}", RAGGED, {**formats(name), "key_bias": bias})
 
 
 def _options() -> Iterator[Case]:
