@@ -11,11 +11,14 @@ import pytest
 from kvcore import formats
 from kvcore.errors import BackendUnavailable
 from kvcore_gpu import compiler, nvrtc
+from kvcore_gpu import decode as attend_few
+from kvcore_gpu import simt as attend_alone
 
 RECOMMENDED = [
     ("bf16", "bf16"), ("fp16", "fp16"), ("rot8", "rot8"), ("chan4", "rot4"), ("rot6", "rot4"),
     ("fp8_e4m3", "fp8_e4m3"),
 ]  # fmt: skip
+SHARED_PER_BLOCK = 227 * 1024  # of sm_90
 NUMBERS = {name: number for number, name in enumerate(formats.FORMATS)}
 FOR_KEYS_ONLY = {name for name, format in formats.FORMATS.items() if format.kind == "channel"}
 
@@ -79,10 +82,44 @@ def stage_bytes(head_dim: int) -> int:
     return 8 * (4 * head_dim + 64)
 
 
+def decode(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
+    yield from _decode(k_format, v_format, head_dim, 1, False)
+
+
+def decode_with_options(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
+    yield from _decode(k_format, v_format, head_dim, 2, True)
+
+
+def _decode(
+    k_format: str, v_format: str, head_dim: int, query_parts: int, options: bool
+) -> Iterator[Case]:
+    pair = formats.FORMATS[k_format], formats.FORMATS[v_format]
+    if not attend_few.serves(*pair):
+        return
+    wanted = attend_few.Decode(*pair, head_dim, head_dim, False, query_parts, options)
+    kernel = attend_few.fit(wanted, SHARED_PER_BLOCK)
+    assert kernel is not None
+    # Two blocks share a multiprocessor: 65,536 registers for 256 threads.
+    assert head_dim > 128 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
+    yield Case(kernel.source, {kernel.entry: (168 if head_dim == 64 else 255, 128)},
+               kernel.defines())  # fmt: skip
+
+
+def simt(format: str, head_dim: int, group: int) -> Case:
+    pair = formats.FORMATS[format], formats.FORMATS[format]
+    rows = attend_alone.rows_for(group, head_dim, head_dim)
+    kernel = attend_alone.Simt(*pair, head_dim, head_dim, rows, True)
+    return Case(kernel.source, {kernel.entry: (168 if rows == 1 else 208, 128)}, kernel.defines())
+
+
 # What runs in every step is compiled for all head_dims, the others for 128.
-EVERY_STEP = [append]
+EVERY_STEP = [append, decode]
 NOW_AND_THEN = [copy_blocks, quantize, read]
-ALONE = [Case("merge_states.cu", {"merge_states": (64, 0)})]
+ALONE = [
+    Case("merge_states.cu", {"merge_states": (64, 0)}),
+    simt("fp32", 128, 4),
+    simt("bf16", 128, 1),
+]
 
 # ---- the matrix
 
@@ -114,6 +151,7 @@ REMAINING = [
     for name, case in {
         **cases_of(EVERY_STEP + NOW_AND_THEN, ALL_PAIRS, (128,)),
         **cases_of(NOW_AND_THEN, RECOMMENDED, (64, 256)),
+        **cases_of([decode_with_options], RECOMMENDED, (64, 128, 256)),
     }.items()
     if name not in CASES
 ]
