@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from kvcore.formats import Format
-from kvcore_gpu import decode, simt
+from kvcore_gpu import decode, prefill, simt
 from kvcore_gpu.params import AttendParams
 from kvcore_gpu.runtime import Function, Runtime
 
@@ -89,8 +89,10 @@ class Attention:
         self._shape = shape
         self._few = _choose(shape, runtime.shared_per_block)
         self._function = self._load(self._few)
+        self._many = _choose_prefill(shape, runtime.shared_per_block)
+        self._many_function: Function | None = None  # which few calls need
 
-    def _load(self, kernel: Splitting) -> Function:
+    def _load(self, kernel: Splitting | prefill.Prefill) -> Function:
         return self._runtime.function(kernel.source, kernel.entry, kernel.defines())
 
     def launch(self, params: AttendParams, scratch: GetScratch) -> None:
@@ -100,8 +102,27 @@ class Attention:
             params: all up to `group` filled in; the rest is set here.
             scratch: memory that stays as it is until the next launch in the stream.
         """
+        plan = params.plan
+        most_rows = plan.max_new * self._shape.group
         params.few_rows = MAX_INT32
-        self._launch_splits(params, params.plan.max_new * self._shape.group, scratch)
+        if self._many is not None and most_rows > FEW_ROWS:
+            params.few_rows = most_rows = FEW_ROWS
+            self._launch_prefill(self._many, params)
+            if plan.max_new * plan.num_sequences == plan.num_tokens:
+                return  # as many new tokens in each
+        self._launch_splits(params, most_rows, scratch)
+
+    def _launch_prefill(self, kernel: prefill.Prefill, params: AttendParams) -> None:
+        """For sequences with more than params.few_rows query rows of a KV head."""
+        if self._many_function is None:
+            self._many_function = self._load(kernel)
+        tiles = kernel.max_tiles(
+            params.plan.num_tokens * self._shape.group, params.plan.num_sequences, params.few_rows
+        )
+        grid = tiles, self._shape.num_kv_heads, 1
+        self._runtime.launch(
+            self._many_function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, params
+        )
 
     def _launch_splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> None:
         kernel, shape, plan = self._few, self._shape, params.plan
@@ -136,3 +157,12 @@ def _choose(shape: Shape, shared_per_block: int) -> Splitting:
             return fitted
     rows = simt.rows_for(shape.group, *dims)
     return simt.Simt(*formats, *dims, rows, shape.options)
+
+
+def _choose_prefill(shape: Shape, shared_per_block: int) -> prefill.Prefill | None:
+    """prefill.cu where it serves, and its order of sums may: it is another than that of splits."""
+    formats, dims = (shape.k_format, shape.v_format), (shape.head_dim, shape.head_dim_v)
+    if shape.exact or not prefill.serves(*formats, *dims):
+        return None
+    kernel = prefill.Prefill(*formats, *dims, shape.query_parts, shape.options)
+    return kernel if kernel.shared_bytes <= shared_per_block else None

@@ -146,6 +146,8 @@ KV_DEVICE s32 leading_zeros(u32 x) { return x ? __builtin_clz(x) : 32; }
 
 /* ---- warps */
 
+KV_DEVICE s32 opaque(s32 x) { return x; }
+
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }
 KV_DEVICE u32 warp_id() { return threadIdx.x >> 5; }
 

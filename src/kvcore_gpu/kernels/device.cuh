@@ -162,6 +162,13 @@ KV_DEVICE s32 leading_zeros(u32 x) { return __clz((s32)x); }
 
 /* ---- warps */
 
+/* x, of which the compiler is to know nothing: what follows from it is computed where it is needed,
+ * in every round of a loop, and takes no registers in between. */
+KV_DEVICE s32 opaque(s32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }
 /* The same for all lanes, and known to be so by the compiler. */
 KV_DEVICE u32 warp_id() { return __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0); }

@@ -79,8 +79,12 @@ template <s32 DIM, s32 N> KV_DEVICE void rotate_back(float (&c)[N][4]) {
                 for (s32 i = 0; i < 4; i++)
                     butterfly(c[n][i], c[n + stride][i]);
 #pragma unroll
-    for (s32 n = 0; n < DIM / 8; n++)
+    for (s32 first = 0; first < DIM / 8; first += 4) {
+        const u32 signs = rotation_signs(first / 4) >> pair;
 #pragma unroll
-        for (s32 i = 0; i < 4; i++)
-            c[n][i] = with_sign(c[n][i], rotation_sign(8 * n + pair + (i & 1)));
+        for (s32 n = first; n < first + 4 && n < DIM / 8; n++)
+#pragma unroll
+            for (s32 i = 0; i < 4; i++)
+                c[n][i] = with_sign(c[n][i], signs << (31 - 8 * (n % 4) - (i & 1)) & 0x80000000u);
+    }
 }

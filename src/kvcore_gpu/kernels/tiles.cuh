@@ -18,28 +18,38 @@ template <s32 CHUNKS> KV_DEVICE u8 *chunk_of(u8 *tile, s32 row, s32 column) {
     const s32 at = CHUNKS % 8 == 0 ? column ^ (row & 7) : column;
     return tile + 16 * (row * TILE_PITCH<CHUNKS> + at);
 }
+/* Chunk 2 k + odd, so put that all but two bits of k are an offset that instructions hold. */
+template <s32 CHUNKS> KV_DEVICE u8 *chunk_of_step(u8 *tile, s32 row, s32 k, s32 odd) {
+    const s32 at = CHUNKS % 8 == 0 ? (2 * k & 6 ^ (odd ^ (row & 7))) + (2 * k & ~7) : 2 * k + odd;
+    return tile + 16 * (row * TILE_PITCH<CHUNKS> + at);
+}
+
+/* ---- fragments of a warp's lanes */
 
 /* Rows `row` to `row` + 15 of a as the first operand, elements 16 k to 16 k + 15. */
-template <s32 CHUNKS> KV_DEVICE void load_rows_fragment(u32 (&a)[4], u8 *tile, s32 row, s32 k) {
-    const s32 lane = lane_id(), matrix = lane >> 3;
+template <s32 CHUNKS>
+KV_DEVICE void load_rows_fragment(u32 (&a)[4], u8 *tile, s32 row, s32 k, s32 lane = lane_id()) {
+    const s32 matrix = lane >> 3;
     ldmatrix_x4(a,
-                chunk_of<CHUNKS>(tile, row + (lane & 7) + (matrix & 1) * 8, 2 * k + (matrix >> 1)));
+                chunk_of_step<CHUNKS>(tile, row + (lane & 7) + (matrix & 1) * 8, k, (matrix >> 1)));
 }
 
 /* Of keys `key` to `key` + 15, elements 16 k to 16 k + 15 as the second operand of a product over
  * elements: b[0 .. 1] for the first eight keys, b[2 .. 3] for the others. */
-template <s32 CHUNKS> KV_DEVICE void load_keys_fragment(u32 (&b)[4], u8 *tile, s32 key, s32 k) {
-    const s32 lane = lane_id(), matrix = lane >> 3;
+template <s32 CHUNKS>
+KV_DEVICE void load_keys_fragment(u32 (&b)[4], u8 *tile, s32 key, s32 k, s32 lane = lane_id()) {
+    const s32 matrix = lane >> 3;
     ldmatrix_x4(b,
-                chunk_of<CHUNKS>(tile, key + (lane & 7) + (matrix >> 1) * 8, 2 * k + (matrix & 1)));
+                chunk_of_step<CHUNKS>(tile, key + (lane & 7) + (matrix >> 1) * 8, k, (matrix & 1)));
 }
 
 /* Of values `key` to `key` + 15, elements 16 n to 16 n + 15 as the second operand of a product over
  * keys: b[0 .. 1] for the first eight elements, b[2 .. 3] for the others. */
-template <s32 CHUNKS> KV_DEVICE void load_values_fragment(u32 (&b)[4], u8 *tile, s32 key, s32 n) {
-    const s32 lane = lane_id(), matrix = lane >> 3;
+template <s32 CHUNKS>
+KV_DEVICE void load_values_fragment(u32 (&b)[4], u8 *tile, s32 key, s32 n, s32 lane = lane_id()) {
+    const s32 matrix = lane >> 3;
     ldmatrix_x4_trans(
-        b, chunk_of<CHUNKS>(tile, key + (lane & 7) + (matrix & 1) * 8, 2 * n + (matrix >> 1)));
+        b, chunk_of_step<CHUNKS>(tile, key + (lane & 7) + (matrix & 1) * 8, n, (matrix >> 1)));
 }
 
 template <bool IS_BF16> KV_DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
