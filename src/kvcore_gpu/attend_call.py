@@ -77,21 +77,29 @@ class AttendCall:
             _scalars(options),
         )
         kept = None
-        if signature == self._signature and place(fill, _Q, runtime, q):
+        if signature == self._signature and self._place(q, out):
             self._check_sight(plan, options, None, None, None)
+            target: Any = out
+            if out is None:
+                target = self._target(out)
+                place(fill, _OUT, runtime, target)
         else:
             self._signature = None
             rows, kept = self._fill(plan, q, layout, options, out)
-            if rows is q:
+            target = self._target(out)
+            put_rows(fill, _OUT, runtime, target, layout)
+            if rows is q and (out is None or target is out):
                 self._signature = signature
-        target = self._place_out(layout, plan, out)
+        if target.ndim == 4 and target.shape[0] * fill.out.padded_length != plan.num_tokens:
+            target[...] = 0  # the padding; the rest is written over
         lse = None
         if return_lse:
             lse = runtime.empty((plan.num_tokens, fill.q.num_heads), np.float32)
         fill.lse = None if lse is None else runtime.address(lse)
         self._attention.launch(fill, self._scratch.get)
         del kept  # from here on the stream's order keeps its memory for the launches
-        return target if lse is None else (target, lse)
+        given = target if out is None else out
+        return given if lse is None else (given, lse)
 
     def _fill(
         self, plan: Plan, q: Any, layout: str, options: AttendOptions, out: Any | None
@@ -111,15 +119,15 @@ class AttendCall:
         self._attention = self._attention_for(fill, options)
         return rows, kept
 
-    def _place_out(self, layout: str, plan: Plan, out: Any | None) -> Any:
-        """The array to write to, its padding zero."""
+    def _place(self, q: Any, out: Any | None) -> bool:
+        """Where arrays like the last call's lie; False if they cannot be used there."""
+        runtime, fill = self._launcher.runtime, self._params
+        return place(fill, _Q, runtime, q) and (out is None or place(fill, _OUT, runtime, out))
+
+    def _target(self, out: Any | None) -> Any:
+        """The array to write to."""
         runtime = self._launcher.runtime
-        shape, dtype = self._out_like
-        target = runtime.empty(shape, dtype) if out is None else runtime.as_array(out, "out")
-        if len(shape) == 4 and shape[0] * shape[layout.index("S")] != plan.num_tokens:
-            target[...] = 0  # the padding; the rest is written over
-        put_rows(self._params, _OUT, runtime, target, layout)
-        return target if out is None else out
+        return runtime.empty(*self._out_like) if out is None else runtime.as_array(out, "out")
 
     def _attention_for(self, fill: params.AttendParams, options: AttendOptions) -> Attention:
         """The kernels for these queries and options, compiled when first asked for."""

@@ -116,6 +116,27 @@ def test_layouts_and_dtypes(rng, layout, dtype):
     np.testing.assert_allclose(outs[1][1], outs[0][1], atol=1e-2)
 
 
+def test_arrays_that_are_not_aligned(rng):
+    """They are copied on the way in, as often as they come; results cannot be written there."""
+    spec = kvcore.CacheSpec(1, 2, 64, k_format="bf16", v_format="bf16", block_size=16)
+    wide = rng.standard_normal((3, 3, 4, 68)).astype(np.float32)
+    aligned = [np.ascontiguousarray(x) for x in wide[..., 1:65]]
+    odd = list(wide[..., 1:65])
+    outs = []
+    for rows in (aligned, odd, aligned, odd):
+        cache = kvcore.KVCache(spec, 8, backend="cuda")
+        a = cache.sequence()
+        for again in range(3):
+            with cache.step([(a, 3)]) as step:
+                step.append(0, rows[0][:, :2], rows[1][:, :2])
+                outs.append((again, step.attend(0, rows[2])))
+                if rows is odd:
+                    with pytest.raises(kvcore.InvalidArgument, match=r"^out: expected a writable"):
+                        step.attend(0, rows[2], out=rows[0])
+    for again, out in outs[3:]:
+        assert_same_bits(out, outs[again][1])
+
+
 def bad_calls():
     good = np.zeros((3, 2, 64), np.float32)
     q = np.zeros((3, 4, 64), np.float32)
