@@ -58,6 +58,7 @@ class CupyRuntime:
         self._launch = cuda.driver.launchKernel
         self._stream = cuda.get_current_stream
         self._staging = Staging(cuda)
+        self._functions: dict[tuple[object, ...], CupyFunction] = {}
         self._others: dict[int, CupyRuntime] = {number: self}
 
     # ---- devices
@@ -154,10 +155,16 @@ class CupyRuntime:
     # ---- kernels
 
     def function(self, source: str, entry: str, defines: Mapping[str, int | str]) -> CupyFunction:
-        cubin = compiler.compile_kernel(source, defines, self.arch)
-        with self.active():
-            kernel = self.xp.RawModule(path=str(cubin.path)).get_function(entry)
-            return CupyFunction(entry, kernel.kernel.ptr, kernel)
+        key = (source, entry, *sorted(defines.items()))
+        found = self._functions.get(key)
+        if found is None:
+            self.check_not_capturing()
+            cubin = compiler.compile_kernel(source, defines, self.arch)
+            with self.active():
+                kernel = self.xp.RawModule(path=str(cubin.path)).get_function(entry)
+                found = CupyFunction(entry, kernel.kernel.ptr, kernel)
+            self._functions[key] = found
+        return found
 
     def launch(
         self,

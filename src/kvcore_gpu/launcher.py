@@ -36,7 +36,7 @@ class Kernel(Generic[P]):
 
 
 class Launcher:
-    """Makes kernels; each specialisation is compiled and loaded once.
+    """Makes kernels, and keeps what they are given again and again.
 
     Attributes:
         runtime: the device.
@@ -44,18 +44,11 @@ class Launcher:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._functions: dict[tuple[object, ...], Function] = {}
         self._constants: dict[bytes, Any] = {}
 
     def function(self, source: str, entry: str, **defines: int | str) -> Function:
         """The kernel `entry` of kernels/`source` with these macros."""
-        key = (source, entry, *sorted(defines.items()))
-        function = self._functions.get(key)
-        if function is None:
-            self.runtime.check_not_capturing()
-            function = self.runtime.function(source, entry, defines)
-            self._functions[key] = function
-        return function
+        return self.runtime.function(source, entry, defines)
 
     def constant(self, values: NDArray[np.float32]) -> int:
         """The address of a copy of a few values, kept because callers pass the same again."""
