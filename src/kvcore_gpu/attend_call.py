@@ -19,7 +19,7 @@ from kvcore.backend import Plan, lies_on_device
 from kvcore.errors import InvalidType
 from kvcore_gpu import params
 from kvcore_gpu.arrays import check_out, dense, place, put_rows, rows_for, signature_of
-from kvcore_gpu.attention import Attention, Shape
+from kvcore_gpu.attention import Attention, Launch, Shape
 from kvcore_gpu.blocks import DeviceBlocks
 from kvcore_gpu.launcher import Launcher
 from kvcore_gpu.runtime import Runtime
@@ -55,7 +55,7 @@ class AttendCall:
         self._can_miss = can_miss
         self._signature: Any = None  # of the last call, if its queries were read in place
         self._out_like: Any = None  # shape and dtype
-        self._attention: Any = None
+        self._launches: list[Launch] = []
         self._attentions: dict[tuple[int, int, bool, bool], Attention] = {}
         self._params = params.AttendParams()
         self._params.k, self._params.v = k.struct, v.struct
@@ -96,7 +96,9 @@ class AttendCall:
         if return_lse:
             lse = runtime.empty((plan.num_tokens, fill.q.num_heads), np.float32)
         fill.lse = None if lse is None else runtime.address(lse)
-        self._attention.launch(fill, self._scratch.get)
+        for function, grid, block, shared_bytes, first_tile in self._launches:
+            fill.first_tile = first_tile
+            runtime.launch(function, grid, block, shared_bytes, fill)
         del kept  # from here on the stream's order keeps its memory for the launches
         given = target if out is None else out
         return given if lse is None else (given, lse)
@@ -116,7 +118,7 @@ class AttendCall:
         put_rows(fill, _Q, runtime, rows, layout)
         fill.plan = plan.device
         fill.group = num_heads // k.num_heads
-        self._attention = self._attention_for(fill, options)
+        self._launches = self._attention_for(fill, options).launches(fill, self._scratch.get)
         return rows, kept
 
     def _place(self, q: Any, out: Any | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from kvcore_gpu import decode, prefill, simt
 from kvcore_gpu.params import AttendParams
 from kvcore_gpu.runtime import Function, Runtime
 
-__all__ = ["Attention", "Shape"]
+__all__ = ["Attention", "Launch", "Shape"]
 
 #: Keys of a split, as kernels/work.cuh has it.
 SPLIT = 512
@@ -81,6 +81,16 @@ class Splitting(Protocol):
     def defines(self) -> Mapping[str, int]: ...
 
 
+class Launch(NamedTuple):
+    """What Runtime.launch takes beside the params, and their first_tile."""
+
+    function: Function
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    first_tile: int = 0
+
+
 class Attention:
     """The kernels of one shape, compiled."""
 
@@ -95,24 +105,27 @@ class Attention:
     def _load(self, kernel: Splitting | prefill.Prefill) -> Function:
         return self._runtime.function(kernel.source, kernel.entry, kernel.defines())
 
-    def launch(self, params: AttendParams, scratch: GetScratch) -> None:
-        """Attends to all sequences of params.plan.
+    def launches(self, params: AttendParams, scratch: GetScratch) -> list[Launch]:
+        """What attends to all sequences of params.plan, in this order.
+
+        It serves for later calls as well whose params differ in nothing but addresses.
 
         Args:
-            params: all up to `group` filled in; the rest is set here.
+            params: all up to `group` filled in; the rest but first_tile is set here.
             scratch: memory that stays as it is until the next launch in the stream.
         """
         plan = params.plan
         most_rows = plan.max_new * self._shape.group
         params.few_rows = MAX_INT32
+        launches = []
         if self._many is not None and most_rows > FEW_ROWS:
             params.few_rows = most_rows = FEW_ROWS
-            self._launch_prefill(self._many, params)
+            launches.append(self._prefill(self._many, params))
             if plan.max_new * plan.num_sequences == plan.num_tokens:
-                return  # as many new tokens in each
-        self._launch_splits(params, most_rows, scratch)
+                return launches  # as many new tokens in each
+        return launches + self._splits(params, most_rows, scratch)
 
-    def _launch_prefill(self, kernel: prefill.Prefill, params: AttendParams) -> None:
+    def _prefill(self, kernel: prefill.Prefill, params: AttendParams) -> Launch:
         """For sequences with more than params.few_rows query rows of a KV head."""
         if self._many_function is None:
             self._many_function = self._load(kernel)
@@ -120,11 +133,9 @@ class Attention:
             params.plan.num_tokens * self._shape.group, params.plan.num_sequences, params.few_rows
         )
         grid = tiles, self._shape.num_kv_heads, 1
-        self._runtime.launch(
-            self._many_function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, params
-        )
+        return Launch(self._many_function, grid, (kernel.threads, 1, 1), kernel.shared_bytes)
 
-    def _launch_splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> None:
+    def _splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> list[Launch]:
         kernel, shape, plan = self._few, self._shape, params.plan
         params.num_splits = max(1, -(-plan.table_width * shape.block_size // SPLIT))
         params.tile_rows = min(kernel.rows, most_rows)
@@ -139,11 +150,10 @@ class Attention:
         params.counters = scratch("counters", lines * params.num_tiles, np.int32)
         parts = params.num_splits + bool(params.k.raw or params.v.raw)
         grid = params.num_tiles * kernel.slices * parts, shape.num_kv_heads, plan.num_sequences
-        for first in range(0, tiles, params.num_tiles):
-            params.first_tile = first
-            self._runtime.launch(
-                self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, params
-            )
+        return [
+            Launch(self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, first)
+            for first in range(0, tiles, params.num_tiles)
+        ]
 
 
 def _choose(shape: Shape, shared_per_block: int) -> Splitting:
