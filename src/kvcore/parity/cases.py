@@ -45,6 +45,11 @@ def pair(name: str) -> tuple[str, str]:
     return name, CHANNEL_V if FORMATS[name].kind == "channel" else name
 
 
+def own_dtype(k: str) -> str:
+    """The dtype that q, k and v have in a model whose cache is of this format."""
+    return {"fp32": "float32", "fp16": "float16"}.get(k, "bfloat16")
+
+
 def formats(k: str, v: str | None = None) -> dict[str, Any]:
     k, v = pair(k) if v is None else (k, v)
     return {"k_format": k, "v_format": v}
@@ -57,20 +62,23 @@ def _formats() -> Iterator[Case]:
         spec = formats(k, v)
         yield CacheCase(f"append/{name}", APPEND, spec)
         yield CacheCase(f"decode/{name}", DECODE, spec)
-        yield CacheCase(f"prefill/{name}", PREFILL, spec)
-        yield CacheCase(f"ragged/{name}", RAGGED, {**spec, "block_size": 64})
+        shape = {**spec, "block_size": 64}
+        yield CacheCase(f"prefill/{name}", PREFILL, spec, dtype=own_dtype(k))
+        yield CacheCase(f"ragged/{name}", RAGGED, shape, dtype=own_dtype(k))
     for name in ("fp32", "bf16", "rot8", "chan4"):
         yield CacheCase(f"chunk/{name}", CHUNK, formats(name))
     bias = np.random.default_rng(0).normal(0, 3, (1, 2, 64))
     for name in ("int8", "fp8_e4m3", "int4", "rot8", "rot3", "chan4", "chan2"):
-        yield CacheCase(f"key-bias/{name}", RAGGED, {**formats(name), "key_bias": bias})
+        shape = {**formats(name), "key_bias": bias}
+        yield CacheCase(f"key-bias/{name}", RAGGED, shape, dtype=own_dtype(name))
 
 
 def _options() -> Iterator[Case]:
     trace: Trace = (step(a=100, b=37, c=20), step(c=1, b=2, a=33), step(a=1, b=1, c=1))
     for name in NAMES:
         for spec in ("fp32", "bf16", "rot8"):
-            yield CacheCase(f"options/{name}-{spec}", trace, formats(spec), options=(name,))
+            yield CacheCase(f"options/{name}-{spec}", trace, formats(spec), options=(name,),
+                            dtype=own_dtype(spec))  # fmt: skip
     for two in itertools.combinations(NAMES, 2):
         yield CacheCase(f"options/{'+'.join(two)}", trace, formats("fp16"), options=two)
     for spec in ("fp32", "bf16", "rot4", "chan4"):
@@ -81,7 +89,8 @@ def _shapes() -> Iterator[Case]:
     trace: Trace = (step(a=70, b=5), step(a=1, b=20), step(b=1, a=1))
     for layout in LAYOUTS:
         for spec in ("fp16", "rot8"):
-            yield CacheCase(f"layouts/{layout}-{spec}", trace, formats(spec), layout=layout)
+            yield CacheCase(f"layouts/{layout}-{spec}", trace, formats(spec), layout=layout,
+                            dtype=own_dtype(spec))  # fmt: skip
     yield CacheCase("layouts/BHSD-all-options", trace, formats("bf16"), layout="BHSD",
                     options=NAMES)  # fmt: skip
     for group in (1, 3, 4, 8):
@@ -90,9 +99,11 @@ def _shapes() -> Iterator[Case]:
     for dim in (72, 80, 96, 128, 256):
         specs = ("fp32", "bf16", "rot8", "chan4") if dim == 128 else ("bf16",)
         for spec in specs:
-            yield CacheCase(f"dims/{dim}-{spec}", trace, {**formats(spec), "head_dim": dim})
-    yield CacheCase("dims/96-64", trace, {**formats("bf16"), "head_dim": 96, "head_dim_v": 64})
-    for dtype in ("float16", "bfloat16"):
+            shape = {**formats(spec), "head_dim": dim}
+            yield CacheCase(f"dims/{dim}-{spec}", trace, shape, dtype=own_dtype(spec))
+    yield CacheCase("dims/96-64", trace, {**formats("bf16"), "head_dim": 96, "head_dim_v": 64},
+                    dtype="bfloat16")  # fmt: skip
+    for dtype in ("float32", "float16", "bfloat16"):
         for spec in ("fp32", "fp16", "bf16", "rot8"):
             yield CacheCase(f"dtypes/{dtype}-{spec}", trace, formats(spec), dtype=dtype)
     latent = {"num_kv_heads": 1, "head_dim": 576, "v_in_k": 512}
@@ -104,7 +115,7 @@ def _shapes() -> Iterator[Case]:
     # Many splits, then few, then many: what counts them must start anew.
     splits: Trace = (fill(a=1100, b=20), step(a=1, b=1), step(b=1), step(a=2))
     for spec in ("fp32", "bf16", "rot4", "chan4"):
-        yield CacheCase(f"splits/{spec}", splits, formats(spec))
+        yield CacheCase(f"splits/{spec}", splits, formats(spec), dtype=own_dtype(spec))
     for size in (16, 256):
         yield CacheCase(f"blocks/{size}", RAGGED, {**formats("fp16"), "block_size": size})
 
@@ -124,13 +135,16 @@ def _sequences() -> Iterator[Case]:
     undone: Trace = (step(a=40), rolled_back(a=50, b=20), step(a=33), Fork("a", "c", 60),
                      rolled_back(c=1, a=1), step(c=2, a=1))  # fmt: skip
     for spec in ("fp32", "bf16", "rot8", "rot3", "chan4"):
-        yield CacheCase(f"sequences/fork-{spec}", fork, formats(spec))
-        yield CacheCase(f"sequences/rolled-back-{spec}", undone, formats(spec))
+        dtype = own_dtype(spec)
+        yield CacheCase(f"sequences/fork-{spec}", fork, formats(spec), dtype=dtype)
+        yield CacheCase(f"sequences/rolled-back-{spec}", undone, formats(spec), dtype=dtype)
     for spec in ("rot8", "rot4", "int4", "chan4", "chan2"):
-        yield CacheCase(f"raw-rows/restored-{spec}", lost, {**formats(spec), "block_size": 64})
+        yield CacheCase(f"raw-rows/restored-{spec}", lost, {**formats(spec), "block_size": 64},
+                        dtype=own_dtype(spec))  # fmt: skip
         for first, last in ((0, 0), (4, 64), (32, 0)):
             shape = {**formats(spec), "raw_first": first, "raw_last": last}
-            yield CacheCase(f"raw-rows/{first}+{last}-{spec}", RAGGED, shape)
+            yield CacheCase(f"raw-rows/{first}+{last}-{spec}", RAGGED, shape,
+                            dtype=own_dtype(spec))  # fmt: skip
     for spec in ("bf16", "rot4"):
         kept = {**formats(spec), "groups": [GroupSpec(32, retention=WINDOW, slack=2)]}
         kept["layer_groups"] = [0]
@@ -184,6 +198,9 @@ def _invariances() -> Iterator[Case]:
         yield CacheCase(f"invariant/batch-{spec}", tails, shape, same=alone)
         yield CacheCase(f"invariant/sharing-{spec}", shared, shape, same=(own,))
         yield CacheCase(f"invariant/chunks-{spec}", whole, shape, exact=True, same=chunks)
+    for spec in ("fp32", "bf16", "rot8"):
+        yield CacheCase(f"invariant/prompts-{spec}", (step(a=70, b=40, c=1),), formats(spec),
+                        same=((step(b=40),), (step(c=1, a=70),)))  # fmt: skip
 
 
 def _arrays() -> Iterator[Case]:
