@@ -157,7 +157,9 @@ class AttendingBackend(CpuBackend):
         if shape not in self.kernels:
             self.kernels[shape] = Attention(runtime, shape)
         for _ in range(2):
-            self.kernels[shape].launch(call, self.get_scratch)
+            for launch in self.kernels[shape].launches(call, self.get_scratch):
+                *kernel, call.first_tile = launch
+                runtime.launch(*kernel, call)
             results = getattr(self, "results", None)
             self.results = out.copy(), np.array(lse)
             if _ == 1:
