@@ -5,9 +5,6 @@
  * Calls take their own line as a default argument, so that an error can say where a thread stood.
  */
 #pragma once
-#include <cmath>
-#include <cstring>
-
 #include "library.hpp"
 #include "numbers.hpp"
 

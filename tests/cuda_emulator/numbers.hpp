@@ -1,7 +1,11 @@
 /* Conversions of 16-bit floats, rounded once to nearest even, as the device's cvt.rn. */
 #pragma once
-#include <cmath>
-#include <cstring>
+/* C's header, as all kernels include it: libstdc++'s own takes longer to read than most of them to
+ * compile. */
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS 1
+#include <math.h>
+#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS
+#include <string.h>
 
 namespace emulator {
 
@@ -47,7 +51,7 @@ inline u16 f32_to_bf16(float f) {
 /* The float32 that shares a double's side of every tie: rounding it again is rounding once. */
 inline float to_odd(double x) {
     const float f = (float)x;
-    if ((double)f == x || !std::isfinite(f) || as_u32(f) & 1)
+    if ((double)f == x || !__builtin_isfinite(f) || as_u32(f) & 1)
         return f;
     const bool away = fabs((double)f) < fabs(x);
     return as_float(away ? as_u32(f) + 1 : as_u32(f) - 1);
