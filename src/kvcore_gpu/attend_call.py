@@ -178,10 +178,10 @@ class AttendCall:
             checks.shape(array.shape, (plan.num_tokens,), "positions", "[T]")
             fill.positions = runtime.address(array)
             kept.append(array)
+            checked = runtime.to_host(array) if self._can_miss else None
         host = None if on_device else token_positions(positions, plan.num_tokens)
         mask, offsets = packed_mask(on_host(runtime, options.mask), plan)
-        if not on_device:
-            self._check_sight(plan, options, host, mask, offsets)
+        self._check_sight(plan, options, checked if on_device else host, mask, offsets)
         parts = [part for part in (offsets, host, mask) if part is not None]
         if parts:
             sent = send(runtime, parts)

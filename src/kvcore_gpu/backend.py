@@ -29,18 +29,19 @@ A = ParamSpec("A")
 def _guarded(
     operation: Callable[Concatenate[CudaBackend, CudaStorage, A], T],
 ) -> Callable[Concatenate[CudaBackend, CudaStorage, A], T]:
-    """A fault of the device ends the use of the cache that met it."""
+    """One thread at a time fills in a cache's launches; a fault of the device ends its use."""
 
     @functools.wraps(operation)
     def guarded(
         self: CudaBackend, storage: CudaStorage, *arguments: A.args, **named: A.kwargs
     ) -> T:
-        storage.check_usable()
-        try:
-            return operation(self, storage, *arguments, **named)
-        except DeviceFault as fault:
-            storage.fault = str(fault)
-            raise
+        with storage.lock:
+            storage.check_usable()
+            try:
+                return operation(self, storage, *arguments, **named)
+            except DeviceFault as fault:
+                storage.fault = str(fault)
+                raise
 
     return cast("Callable[Concatenate[CudaBackend, CudaStorage, A], T]", guarded)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class CupyRuntime:
         self._errors = (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError)
         self._launch = cuda.driver.launchKernel
         self._stream = cuda.get_current_stream
-        self._staging = Staging(cuda)
+        self._own = _OfThread(cuda)
         self._functions: dict[tuple[object, ...], CupyFunction] = {}
         self._others: dict[int, CupyRuntime] = {number: self}
 
@@ -136,6 +137,7 @@ class CupyRuntime:
         return address
 
     def to_host(self, array: Any) -> NDArray[Any]:
+        self.check_not_capturing()
         try:
             copy: NDArray[Any] = self.xp.asnumpy(array)
         except self._errors as error:
@@ -144,11 +146,11 @@ class CupyRuntime:
 
     def stage(self, count: int) -> NDArray[np.int32]:
         self.check_not_capturing()
-        return self._staging.take(count)
+        return self._own.staging.take(count)
 
     def upload(self, staged: NDArray[np.int32], target: Any) -> None:
         try:
-            self._staging.send(staged, target.data.ptr)
+            self._own.staging.send(staged, target.data.ptr)
         except self._errors as error:
             raise DeviceFault(f"copy to the device: {error}") from error
 
@@ -195,6 +197,13 @@ class CupyRuntime:
             self._stream().synchronize()
         except self._errors as error:
             raise DeviceFault(str(error)) from error
+
+
+class _OfThread(threading.local):
+    """What each thread fills alone."""
+
+    def __init__(self, cuda: Any) -> None:
+        self.staging = Staging(cuda)
 
 
 def _import_cupy() -> Any:

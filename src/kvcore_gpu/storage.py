@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class CudaStorage:
         plans: where plans of steps go.
         scratch: what launches share.
         not_finite: int32 [1], not 0 once a quantized layer was given a NaN or an infinity.
+        lock: held by the call that uses any of this.
         fault: what the device reported, which ends the cache's use; None: nothing.
     """
 
@@ -41,6 +43,7 @@ class CudaStorage:
         self.launcher = launcher
         self.pool_blocks: list[list[DeviceBlocks]] = [[] for _ in num_blocks]
         self.nbytes = 0
+        self.lock = Lock()
         self.fault: str | None = None
         self._spec = spec
         self._num_blocks = num_blocks

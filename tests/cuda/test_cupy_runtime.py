@@ -8,6 +8,7 @@ import importlib.abc
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -268,6 +269,17 @@ def steps_launches(stand_in, cache, sequences, k, v, size):
         step.append(0, k, v)
         key = step.graph_key
     return key, list(stand_in.launches)
+
+
+def test_threads_stage_apart(runtime, stand_in):
+    mine = runtime.stage(4)
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(runtime.stage, 4).result()
+    assert mine.ctypes.data != theirs.ctypes.data
+    mine[:] = 1
+    theirs[:] = 2
+    runtime.upload(mine, stand_in.array((4,), np.int32))
+    assert np.frombuffer(stand_in.copies[-1][1], np.int32).tolist() == [1] * 4
 
 
 class TestSteps:
