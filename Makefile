@@ -22,7 +22,7 @@ export CPATH := $(HEADERS)/python3:$(HEADERS)$(if $(CPATH),:$(CPATH))
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench bench-peers bench-curves clean distclean
+.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench bench-peers bench-curves docs clean distclean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -75,6 +75,10 @@ bench-peers: $(STAMPS)/build $(STAMPS)/extra-bench-peers ## attend beside other 
 
 bench-curves: $(STAMPS)/build $(STAMPS)/extra-bench ## draw time against context into docs/images
 	@$(BIN)/python -m bench curves $(ARGS)
+
+docs: $(STAMPS)/build $(STAMPS)/extra-docs ## the documentation, into build/site; warnings are errors
+	@$(BIN)/python tools/draw_layouts.py docs/images
+	@$(BIN)/mkdocs build --quiet
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist src/*.egg-info src/kvcore/lib $(STAMPS)/build
