@@ -31,6 +31,16 @@ def test_tables():
     assert max(map(len, lines)) < 120
 
 
+def test_what_a_cache_saves_with_its_formula():
+    result = run("--model", "gpt2", "--context", "1124", "--device", "a100")
+    lines = result.stdout.splitlines()
+    start = lines.index("100 tokens generated after 1,024")
+    table = {line[:29].strip(): line.split()[-1] for line in lines[start + 2 : start + 9]}
+    assert float(table["all"]) == pytest.approx(91.9, abs=0.1)
+    assert table["the same after the prompt"] == "1.07e+03"
+    assert "n (n + 1) / 2 pairs" in " ".join(result.stdout.split())
+
+
 def test_json_has_the_plan_s_numbers():
     data = json.loads(run(*EXAMPLE, "--json", "-").stdout)
     wanted = plan("llama-3-8b", "h100", 16, 32768, "int8")

@@ -27,6 +27,7 @@ def render(plan: Plan) -> str:
                 "title": section.title,
                 "columns": section.columns,
                 "rows": report.shown_rows(section),
+                "note": section.note,
             }
             for section in report.sections(plan)
         ],

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,13 @@ class Section:
         title: what it tells.
         columns: their heads; bytes and seconds have their unit there.
         rows: as many cells each; None: there is no such number.
+        note: how the numbers come to be.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: Rows
+    note: str = ""
 
 
 def sections(plan: Plan) -> tuple[Section, ...]:
@@ -57,7 +60,8 @@ def text(plan: Plan) -> list[str]:
     """The tables for a terminal."""
     lines: list[str] = []
     for section in sections(plan):
-        lines += [section.title, *_aligned(section), ""]
+        notes = textwrap.wrap(section.note, 90, initial_indent="  ", subsequent_indent="  ")
+        lines += [section.title, *_aligned(section), *notes, ""]
     return lines[:-1]
 
 
@@ -247,17 +251,28 @@ def _costs(plan: Plan) -> Section:
 
 def _recompute(plan: Plan) -> Section:
     found = plan.recompute
-    rows: Rows = (
+    counts = (
         ("projections", found.cached.projections, found.uncached.projections),
         ("scores and values", found.cached.scores, found.uncached.scores),
         ("MLP", found.cached.mlp, found.uncached.mlp),
         ("output head", found.cached.head, found.uncached.head),
         ("all", found.cached.total, found.uncached.total),
         ("tokens through the layers", found.cached_tokens, found.uncached_tokens),
+        ("the same after the prompt", found.cached_tokens - found.prompt,
+         found.uncached_tokens - found.prompt),
+    )  # fmt: skip
+    rows: Rows = tuple(
+        (name, cached, uncached, uncached / cached if cached else None)
+        for name, cached, uncached in counts
     )
-    times = f"{found.factor:.1f} times the flops without"
-    title = f"{found.generated:,} tokens after {found.prompt:,}: {times}"
-    return Section(title, ("flops", "with a cache", "without"), rows)
+    note = (
+        "With P prompt tokens and G generated ones, n = P + G - 1 tokens pass through the layers "
+        "with a cache, and P + (P + 1) + ... + n without. A token takes 2 flops a weight, and each "
+        "pair of a query and a key that it sees 2 (D + Dv) a head and layer: n (n + 1) / 2 pairs "
+        "with a cache, the sum of these over all n without, fewer where layers have windows."
+    )
+    title = f"{found.generated:,} tokens generated after {found.prompt:,}"
+    return Section(title, ("flops", "with a cache", "without", "times"), rows, note)
 
 
 def _growth(plan: Plan) -> Section:
