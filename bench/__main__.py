@@ -1,7 +1,8 @@
 """python -m bench: measures the machine, then append and attend beside the peers.
 
-`python -m bench curves` draws time against context, `python -m bench profile` measures floors, and
-`python -m bench dots` compares two instructions for a prefill of bf16.
+`python -m bench curves` draws time against context, `python -m bench profile` measures floors,
+`python -m bench dots` compares two instructions for a prefill of bf16, and
+`python -m bench predict` holds the planner's prediction against the time measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import kvcore
-from bench import control, curves, dots, peers, profile, report
+from bench import control, curves, dots, peers, predict, profile, report
 from bench.arguments import names, positive
 from bench.cases import CASES, KINDS, expand
 from bench.formats import DEFAULT_FORMATS, parse
@@ -33,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
         return profile.main(argv[1:])
     if argv[:1] == ["dots"]:
         return dots.main(argv[1:])
+    if argv[:1] == ["predict"]:
+        return predict.main(argv[1:])
     arguments = _parse(argv)
     if arguments.list:
         for case in CASES.values():
