@@ -17,8 +17,8 @@ __all__ = ["Attention", "Launch", "Shape"]
 
 #: Keys of a split, as kernels/work.cuh has it.
 SPLIT = 512
-#: Sequences with at most so many query rows of a KV head are read in splits at once.
-FEW_ROWS = 64
+#: So many tiles of a sequence's query rows read its keys in splits, each for itself.
+FEW_TILES = 4
 #: What partial results of one launch may take; a call that needs more is launched in pieces.
 MAX_PARTIAL_BYTES = 64 << 20
 MAX_INT32 = 2**31 - 1
@@ -102,6 +102,12 @@ class Attention:
         self._many = _choose_prefill(shape, runtime.shared_per_block)
         self._many_function: Function | None = None  # which few calls need
 
+    @property
+    def few_rows(self) -> int:
+        """Sequences with at most so many query rows of a KV head are read in splits, as are those
+        of one new token; the others by prefill.cu where it serves."""
+        return max(FEW_TILES * self._few.rows, self._shape.group)
+
     def _load(self, kernel: Splitting | prefill.Prefill) -> Function:
         return self._runtime.function(kernel.source, kernel.entry, kernel.defines())
 
@@ -118,8 +124,9 @@ class Attention:
         most_rows = plan.max_new * self._shape.group
         params.few_rows = MAX_INT32
         launches = []
-        if self._many is not None and most_rows > FEW_ROWS:
-            params.few_rows = most_rows = FEW_ROWS
+        few_rows = self.few_rows
+        if self._many is not None and most_rows > few_rows:
+            params.few_rows = most_rows = few_rows
             launches.append(self._prefill(self._many, params))
             if plan.max_new * plan.num_sequences == plan.num_tokens:
                 return launches  # as many new tokens in each

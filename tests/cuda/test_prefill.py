@@ -59,7 +59,7 @@ class Case:
     def attend(self, runtime, chosen=None, few_rows=0, **options):
         """out and lse of the chosen sequences' new tokens, of prefill.cu those with more rows."""
         chosen = range(len(self.news)) if chosen is None else chosen
-        with mock.patch.object(attention, "FEW_ROWS", few_rows):
+        with mock.patch.object(attention.Attention, "few_rows", few_rows):
             cache = attending(runtime, self.spec, num_blocks=40)
             poisoned = not any(f.is_quantized for f in self.spec.layers[0].formats)
             if poisoned:
@@ -355,12 +355,13 @@ def test_chunks_within_the_tolerance(runtime):
 def test_sequences_of_few_rows_are_another_kernels(runtime):
     case = Case("bf16", "bf16", 64, q_dtype="bfloat16")
     every = case.attend(runtime)
+    few_rows = attention.FEW_TILES * 16
     with mock.patch.object(EmulatedRuntime, "launch", autospec=True) as launch:
         launch.side_effect = EMULATED_LAUNCH
-        out, lse = case.attend(runtime, few_rows=attention.FEW_ROWS)
+        out, lse = case.attend(runtime, few_rows=few_rows)
     assert {call.args[1].name for call in launch.call_args_list} == {"prefill", "decode"}
     case.check(out, lse)
-    many = [s for s, n in enumerate(case.news) if 2 * n > attention.FEW_ROWS]
+    many = [s for s, n in enumerate(case.news) if 2 * n > few_rows]
     assert 0 < len(many) < len(case.news)
     for s in many:
         assert_same_bits(out[case.rows(s)], every[0][case.rows(s)])

@@ -203,11 +203,14 @@ KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared
     store_partials(p, work, shared);
 }
 
-KV_KERNEL(decode, AttendParams, THREADS, HEAD_DIM <= 128 && HEAD_DIM_V <= 128 ? 2 : 1) {
+KV_KERNEL(decode, AttendParams, THREADS, MIN_BLOCKS) {
     KV_DYNAMIC_SHARED(u8, bytes);
-    KV_SHARED s32 is_last;
-    Work work;
-    if (!find_work<ROWS, SLICES>(p, work))
+    KV_SHARED Work work; /* which no thread has to hold while it sums */
+    KV_SHARED s32 yes;
+    if (threadIdx.x == 0)
+        yes = find_work<ROWS, SLICES>(p, work);
+    sync_threads();
+    if (!yes)
         return;
     const Shared shared = cut_shared(bytes);
     const s32 parts = num_parts(work);
@@ -219,7 +222,7 @@ KV_KERNEL(decode, AttendParams, THREADS, HEAD_DIM <= 128 && HEAD_DIM_V <= 128 ? 
     } else if (parts > 0) {
         attend_part<false>(p, work, shared);
     }
-    if (!is_last_block(p, work, parts * SLICES, &is_last))
+    if (!is_last_block(p, work, parts * SLICES, &yes))
         return;
     for (s32 row = warp_id(); row < work.num_rows; row += WARPS)
         finish_row<V_FORMAT, HEAD_DIM_V>(p, work, row);

@@ -3,7 +3,7 @@
 #include "decode_queries.cuh"
 
 /* Long rows are not unrolled as a whole. */
-constexpr s32 UNROLL_K = QUERIES_IN_REGISTERS ? 16 : 4;
+constexpr s32 UNROLL_K = HEAD_DIM <= 128 ? 16 : 4;
 
 typedef float Scores[KEY_TILES][4];
 

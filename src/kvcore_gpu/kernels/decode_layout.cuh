@@ -23,6 +23,8 @@ static_assert(K_FORMAT != KV_FORMAT_FP32 && V_FORMAT != KV_FORMAT_FP32, "float32
 static_assert(!IS_CHANNEL<V_FORMAT>, "channel formats are for keys");
 static_assert(!V_IN_K || (K_FORMAT == V_FORMAT && !QUANTIZED), "V lies in K as floats");
 
+constexpr s32 larger(s32 a, s32 b) { return a > b ? a : b; }
+
 /* Keys of a tile: they lie in one block, whatever its size, and are whole groups. */
 constexpr s32 TILE = IS_CHANNEL<K_FORMAT> ? GROUP_TOKENS : 16;
 constexpr s32 KEY_TILES = TILE / 8; /* of m16n8k16, and half as many of its k-steps over keys */
@@ -34,8 +36,14 @@ constexpr s32 SLICES = (HEAD_DIM_V + SLICE_DIM - 1) / SLICE_DIM;
 
 constexpr s32 K_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = SLICE_DIM / 16;
 constexpr s32 K_CHUNKS = 2 * K_STEPS, V_CHUNKS = V_IN_K ? K_CHUNKS : 2 * V_STEPS;
-/* Fragments of longer queries are loaded for every tile. */
-constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128;
+/* Fragments of longer queries are loaded for every tile, and where there are few tiles. */
+template <bool RAW> constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128 && !RAW;
+
+/* Blocks that are to share a multiprocessor's registers. Decoding codes takes many instructions, and
+ * more warps to hide how long each takes. */
+constexpr s32 LONGER = larger(HEAD_DIM, HEAD_DIM_V);
+constexpr bool MANY_BLOCKS = LONGER <= 64 || (!OPTIONS && IS_ROW<K_FORMAT> && IS_ROW<V_FORMAT>);
+constexpr s32 MIN_BLOCKS = LONGER > 128 ? 1 : MANY_BLOCKS ? 3 : 2;
 
 template <bool RAW> constexpr bool K_ENCODED = K_QUANTIZED && !RAW;
 template <bool RAW> constexpr bool V_ENCODED = V_QUANTIZED && !RAW;
@@ -71,7 +79,6 @@ constexpr s32 V_TILE_BYTES = V_IN_K           ? 0
                                               : TILE_BYTES<V_CHUNKS, TILE>;
 template <bool RAW> constexpr s32 STAGE_BYTES = K_TILE_BYTES<RAW> + V_TILE_BYTES<RAW>;
 
-constexpr s32 larger(s32 a, s32 b) { return a > b ? a : b; }
 /* Of raw keys a warp has one or two tiles. */
 template <bool RAW> constexpr s32 RING_STAGES = RAW ? 1 : STAGES;
 template <bool RAW> constexpr s32 WARP_RING_BYTES = RING_STAGES<RAW> * STAGE_BYTES<RAW>;

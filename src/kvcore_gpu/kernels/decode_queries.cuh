@@ -50,7 +50,7 @@ KV_DEVICE void load_queries(const AttendParams &p, const Work &work, const Share
  * 2 (lane % 4) + 0 .. 1 and + 8 .. 9, as formats.cuh gives levels. */
 template <bool RAW> struct Queries {
     u8 *tile;
-    u32 kept[QUERIES_IN_REGISTERS ? PARTS<RAW> * K_STEPS : 1][4];
+    u32 kept[QUERIES_IN_REGISTERS<RAW> ? PARTS<RAW> * K_STEPS : 1][4];
 
     KV_DEVICE void load(u32 (&a)[4], s32 part, s32 k) const {
         u8 *rows = tile + part * QUERY_PART_BYTES;
@@ -69,7 +69,7 @@ template <bool RAW> struct Queries {
     }
 
     KV_DEVICE void keep() {
-        if constexpr (QUERIES_IN_REGISTERS) {
+        if constexpr (QUERIES_IN_REGISTERS<RAW>) {
 #pragma unroll
             for (s32 i = 0; i < PARTS<RAW> * K_STEPS; i++)
                 load(kept[i], i / K_STEPS, i % K_STEPS);
@@ -77,7 +77,7 @@ template <bool RAW> struct Queries {
     }
 
     KV_DEVICE void get(u32 (&a)[4], s32 part, s32 k) const {
-        if constexpr (QUERIES_IN_REGISTERS) {
+        if constexpr (QUERIES_IN_REGISTERS<RAW>) {
 #pragma unroll
             for (s32 i = 0; i < 4; i++)
                 a[i] = kept[part * K_STEPS + k][i];

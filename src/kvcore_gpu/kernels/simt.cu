@@ -229,9 +229,12 @@ KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared
 
 KV_KERNEL(simt, AttendParams, THREADS, 1) {
     KV_DYNAMIC_SHARED(float, floats);
-    KV_SHARED s32 is_last;
-    Work work;
-    if (!find_work<ROWS, 1>(p, work))
+    KV_SHARED Work work; /* which no thread has to hold while it sums */
+    KV_SHARED s32 yes;
+    if (threadIdx.x == 0)
+        yes = find_work<ROWS, 1>(p, work);
+    sync_threads();
+    if (!yes)
         return;
     const Shared shared = cut_shared(floats);
     const s32 parts = num_parts(work);
@@ -243,7 +246,7 @@ KV_KERNEL(simt, AttendParams, THREADS, 1) {
     } else if (parts > 0) {
         attend_part<false>(p, work, shared);
     }
-    if (!is_last_block(p, work, parts, &is_last))
+    if (!is_last_block(p, work, parts, &yes))
         return;
     for (s32 row = warp_id(); row < work.num_rows; row += WARPS)
         finish_row<V_FORMAT, HEAD_DIM_V>(p, work, row);
