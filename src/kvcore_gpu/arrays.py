@@ -35,9 +35,7 @@ def dense(runtime: Runtime, array: Any) -> Any:
     """`array` as C-contiguous, aligned memory, copied only when it is not."""
     if array.flags.c_contiguous and runtime.address(array) % ALIGNMENT == 0:
         return array
-    fresh = runtime.empty(array.shape, array.dtype)
-    fresh[...] = array
-    return fresh
+    return runtime.copy(array)
 
 
 def rows_for(
@@ -57,11 +55,7 @@ def rows_for(
     array = runtime.as_array(value, argument)
     arrays.dtype_number(array, argument)
     arrays.check_rows(array, argument, layout, plan, num_heads, head_dim, grouped)
-    if is_readable(runtime, array):
-        return array
-    fresh = runtime.empty(array.shape, array.dtype)
-    fresh[...] = array
-    return fresh
+    return array if is_readable(runtime, array) else runtime.copy(array)
 
 
 def check_out(runtime: Runtime, out: Any, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -91,7 +91,7 @@ class AttendCall:
             if rows is q and (out is None or target is out):
                 self._signature = signature
         if target.ndim == 4 and target.shape[0] * fill.out.padded_length != plan.num_tokens:
-            target[...] = 0  # the padding; the rest is written over
+            runtime.clear(target)  # the padding; the rest is written over
         lse = None
         if return_lse:
             lse = runtime.empty((plan.num_tokens, fill.q.num_heads), np.float32)

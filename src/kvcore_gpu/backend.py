@@ -146,7 +146,7 @@ class CudaBackend:
     @_guarded
     def check_finite(self, storage: CudaStorage) -> None:
         if storage.launcher.runtime.to_host(storage.not_finite)[0]:
-            storage.not_finite[...] = 0
+            storage.launcher.runtime.clear(storage.not_finite)
             raise NotFinite(
                 "append: expected finite numbers for quantized layers, got NaN or infinity, which "
                 "were stored as 0 and as 65504"

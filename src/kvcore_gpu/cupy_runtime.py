@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcore.backend import lies_on_device
 from kvcore.errors import BackendUnavailable, DeviceFault, InvalidArgument, InvalidType, StepError
 from kvcore_gpu import compiler, nvrtc
 from kvcore_gpu.params import Params
@@ -111,26 +112,35 @@ class CupyRuntime:
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.xp.zeros(shape, dtype)
 
+    def copy(self, array: Any) -> Any:
+        fresh = self.xp.empty(array.shape, array.dtype)
+        _bits(fresh)[...] = _bits(array)
+        return fresh
+
+    def clear(self, array: Any) -> None:
+        if array.flags.c_contiguous:
+            array.data.memset_async(0, array.nbytes)
+        else:
+            _bits(array)[...] = 0
+
     def to_device(self, array: NDArray[Any]) -> Any:
         return self.xp.array(array, order="C")
 
     def as_array(self, value: Any, argument: str) -> Any:
         if isinstance(value, self.xp.ndarray):
             return value
+        if not lies_on_device(value):
+            raise InvalidType(
+                f"{argument}: expected an array on a CUDA device (CuPy's, or one with DLPack or "
+                f"__cuda_array_interface__), got {type(value).__name__}"
+            )
         try:
             # Before the array interface, which has no bfloat16.
             if hasattr(value, "__dlpack__"):
-                return self.xp.from_dlpack(value, copy=False)
-            if hasattr(value, "__cuda_array_interface__"):
-                return self.xp.asarray(value)
+                return self.xp.from_dlpack(value)
+            return self.xp.asarray(value)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise InvalidType(
-                f"{argument}: its memory cannot be used on a CUDA device: {error}"
-            ) from None
-        raise InvalidType(
-            f"{argument}: expected an array on a CUDA device (CuPy, __cuda_array_interface__ or "
-            f"DLPack), got {type(value).__name__}"
-        )
+            raise InvalidType(f"{argument}: its memory cannot be used: {error}") from None
 
     def address(self, array: Any) -> int:
         address: int = array.data.ptr
@@ -197,6 +207,11 @@ class CupyRuntime:
             self._stream().synchronize()
         except self._errors as error:
             raise DeviceFault(str(error)) from error
+
+
+def _bits(array: Any) -> Any:
+    """An array as unsigned integers, which CuPy moves without headers of its types."""
+    return array.view(f"u{array.itemsize}")
 
 
 class _OfThread(threading.local):

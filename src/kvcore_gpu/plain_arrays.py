@@ -232,9 +232,7 @@ def _contiguous_blocks(runtime: Runtime, array: Any, argument: str, layout: str)
     """K or V of sequences, each of which is the one block that starts at its first token."""
     contiguous.check_array(array, argument, layout)
     if not is_readable(runtime, array) or not contiguous.has_forward_rows(array):
-        fresh = runtime.empty(array.shape, array.dtype)
-        fresh[...] = array
-        array = fresh
+        array = runtime.copy(array)
     format = FORMATS[contiguous.ARRAY_FORMATS[array.dtype.name]]
     shape, strides = contiguous.block_placement(array, layout)
     return blocks.of_rows(runtime, array, format, shape, strides[:3])

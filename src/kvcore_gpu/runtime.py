@@ -76,6 +76,14 @@ class Runtime(Protocol):
         """Raises InvalidArgument unless this device is the current one."""
         ...
 
+    def copy(self, array: Any) -> Any:
+        """A dense copy, aligned to 16 bytes."""
+        ...
+
+    def clear(self, array: Any) -> None:
+        """Makes every element 0."""
+        ...
+
     def to_device(self, array: NDArray[Any]) -> Any:
         """A dense copy of a host array, which may wait."""
         ...

@@ -140,19 +140,6 @@ class TestDevices:
             runtime.check_active()
 
 
-class Exported:
-    """An array as another library hands it out."""
-
-    def __init__(self, array):
-        self.__cuda_array_interface__ = {
-            "data": (array.data.ptr, False),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": array.dtype.str,
-            "version": 2,
-        }
-
-
 class TestArrays:
     @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
     def test_its_own_are_taken_as_they_are(self, runtime, stand_in, dtype):
@@ -164,6 +151,28 @@ class TestArrays:
     def test_host_memory_is_refused(self, runtime, value):
         with pytest.raises(kvcore.InvalidType, match=r"^k: "):
             runtime.as_array(value, "k")
+
+    @pytest.mark.parametrize("place", [(2, DEVICE), (13, 0)])
+    def test_dlpack_of_a_device_is_read_in_place(self, runtime, stand_in, monkeypatch, place):
+        array = stand_in.array((2, 8))
+        exported = types.SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: place)
+        monkeypatch.setattr(cupy, "from_dlpack", lambda value: array if value is exported else None)
+        assert runtime.as_array(exported, "k") is array
+
+    def test_an_array_interface_is_read_in_place(self, runtime, stand_in, monkeypatch):
+        array = stand_in.array((2, 8))
+        exported = types.SimpleNamespace(__cuda_array_interface__={})
+        monkeypatch.setattr(cupy, "asarray", lambda value: array if value is exported else None)
+        assert runtime.as_array(exported, "k") is array
+
+    def test_what_cannot_be_imported(self, runtime, monkeypatch):
+        def refuse(value):
+            raise BufferError("requires grad")
+
+        exported = types.SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (2, 0))
+        monkeypatch.setattr(cupy, "from_dlpack", refuse)
+        with pytest.raises(kvcore.InvalidType, match=r"^k: .*requires grad"):
+            runtime.as_array(exported, "k")
 
     def test_dlpack_of_the_host_is_refused(self, runtime):
         torch = pytest.importorskip("torch")

@@ -139,6 +139,14 @@ class EmulatedRuntime:
     def check_active(self) -> None:
         """It always is."""
 
+    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
+        fresh = self.empty(array.shape, array.dtype)
+        fresh[...] = array
+        return fresh
+
+    def clear(self, array: NDArray[Any]) -> None:
+        array[...] = 0
+
     def to_device(self, array: NDArray[Any]) -> NDArray[Any]:
         return self._know(np.array(array, order="C"))
 
