@@ -18,6 +18,7 @@ from cuda_emulator.runtime import EmulatedRuntime, EmulationError
 from kvcore import backend, ops
 from kvcore_gpu import sources
 from kvcore_gpu.backend import CudaBackend
+from support import BFLOAT16
 
 HEADS, HEAD_DIM, BLOCK_SIZE = 2, 64, 64
 
@@ -103,8 +104,19 @@ FP32 = Played("fp32", "fp32", np.float32, 1, (PROMPT, (1, 1), (1, 2)), 2, 2e-6, 
 # filled, which the fork copies.
 ROT = Played("rot8", "rot4", np.float32, 4, ((191, 126), (1, 1)), 1, 2e-3, 1e-3)
 CHAN = Played("chan4", "int8", np.float32, 4, ((191, 126), (1, 1)), 1, 2e-3, 1e-3)
+# Prompts of more rows than decode takes, the second behind stored keys.
+LONG = Played("fp16", "fp16", np.float16, 4, ((70, 40), (75, 21)), 2, 4e-3, 4e-4)
+LONG_ROT = Played("rot8", "rot4", BFLOAT16, 4, ((97, 30), (67, 21)), 1, 1e-2, 2e-3)
 MERGE = Merged()
-CASES = {"fp16": FP16, "fp32": FP32, "rot": ROT, "chan": CHAN, "merge": MERGE}
+CASES = {
+    "long": LONG,
+    "long_rot": LONG_ROT,
+    "fp16": FP16,
+    "fp32": FP32,
+    "rot": ROT,
+    "chan": CHAN,
+    "merge": MERGE,
+}
 
 # ---- mutants
 
@@ -163,6 +175,28 @@ MUTANTS = [
     Mutant("simt loads over the key that it works on", "simt.cu",
            "const Stream<Keys, Values, RAW> now = next;",
            "const Stream<Keys, Values, RAW> &now = next;", FP32),
+    Mutant("prefill does not wait for its copies", "prefill.cu", "cp_async_wait<0>();", "", LONG),
+    Mutant("prefill reads what other threads copied without a barrier", "prefill.cu",
+           "cp_async_wait<0>();\n        sync_threads();", "cp_async_wait<0>();", LONG),
+    Mutant("prefill copies over the stage that others read", "prefill.cu",
+           "stage ^ 1, k, v, first_key(i + 1)", "stage, k, v, first_key(i + 1)", LONG),
+    Mutant("prefill leaves the last rows out", "prefill.cu",
+           "(rows + ROWS - 1) / ROWS", "rows / ROWS", LONG),
+    Mutant("prefill masks nothing", "prefill_tile.cuh",
+           "masked = !every;", "masked = false;", LONG),
+    Mutant("prefill takes raw blocks for as long as others", "prefill_load.cuh",
+           "RAW ? (1 << RAW_BLOCK_LOG2) - 1 :", "", LONG_ROT),
+    Mutant("prefill forgets a sum when a maximum grows", "prefill_tile.cuh",
+           "state.l[t][half] *= factors[t][half];", "", LONG),
+    Mutant("prefill multiplies before codes are expanded", "prefill.cu",
+           "expand_tile(shared, stage, first_key(i), wanted);\n            sync_threads();",
+           "expand_tile(shared, stage, first_key(i), wanted);", LONG_ROT),
+    Mutant("the raw pass copies over what the pass before reads", "prefill.cu",
+           "sync_threads(); /* the pass before", "/* the pass before", LONG_ROT),
+    Mutant("prefill leaves values' scales out", "prefill_tile.cuh",
+           "weights[0] * value_scales[key]", "weights[0]", LONG_ROT),
+    Mutant("prefill leaves values rotated", "prefill.cu",
+           "rotate_back<HEAD_DIM_V>(state.o[t]);", ";", LONG_ROT),
     Mutant("keys' scales are left out", "decode_keys.cuh",
            "scales[n][0] = u32_as_float(pair << 16);", "scales[n][0] = 1.0f;", ROT),
     Mutant("the query is not rotated", "queries.cuh",
