@@ -49,7 +49,6 @@ class AppendCall:
             self._params.v_blocks = v.struct
         self._params.not_finite = not_finite
         self._signature: Any = None  # of the last call, if its arrays were read in place
-        self._rows: Any = None
 
     def run(self, plan: Plan, k: Any, v: Any | None, layout: str) -> None:
         """Stores the plan's new tokens; plan.device says where."""
@@ -59,9 +58,11 @@ class AppendCall:
             signature_of(self._runtime, k),
             signature_of(self._runtime, v),
         )
+        kept = None
         if signature != self._signature or not self._place(k, v):
             self._signature = None
-            if self._fill(plan, k, v, layout):
+            kept = self._fill(plan, k, v, layout)
+            if kept[0] is k and kept[1] is v:
                 self._signature = signature
         heads = self._k.num_heads
         num_blocks = -(-plan.num_tokens // _ROWS_PER_BLOCK)
@@ -70,14 +71,15 @@ class AppendCall:
         if self._seal is not None:
             groups = -(-plan.max_new // GROUP_TOKENS)
             launch(self._seal, (groups, heads, plan.num_sequences), _BLOCK, 0, fill)
+        del kept  # copies: from here on the stream's order keeps their memory for the launches
 
     def _place(self, k: Any, v: Any | None) -> bool:
         """Where rows like the last call's lie; False if they cannot be read there."""
         is_placed = place(self._params, _K, self._runtime, k)
         return is_placed and (v is None or place(self._params, _V, self._runtime, v))
 
-    def _fill(self, plan: Plan, k: Any, v: Any | None, layout: str) -> bool:
-        """Checks and writes all that a launch needs; whether k and v are read where they are."""
+    def _fill(self, plan: Plan, k: Any, v: Any | None, layout: str) -> tuple[Any, Any]:
+        """Checks and writes all that a launch needs; the rows that it reads."""
         runtime, fill, heads = self._runtime, self._params, self._k.num_heads
         k_rows = rows_for(runtime, k, "k", layout, plan, heads, self._k.head_dim)
         v_rows = None
@@ -86,5 +88,4 @@ class AppendCall:
             put_rows(fill, _V, runtime, v_rows, layout)
         put_rows(fill, _K, runtime, k_rows, layout)
         fill.plan = plan.device
-        self._rows = k_rows, v_rows  # copies live until the next
-        return k_rows is k and v_rows is v
+        return k_rows, v_rows

@@ -160,17 +160,18 @@ class AttendCall:
         fill.softcap = options.softcap or 0.0
         fill.causal = bool(options.causal)
         fill.window = options.window or 0
-        fill.alibi_slopes = self._floats(options.alibi_slopes, "alibi_slopes", num_heads)
-        fill.sinks = self._floats(options.sinks, "sinks", num_heads)
+        kept: list[Any] = []
+        fill.alibi_slopes = self._floats(options.alibi_slopes, "alibi_slopes", num_heads, kept)
+        fill.sinks = self._floats(options.sinks, "sinks", num_heads, kept)
         fill.positions = fill.mask = fill.mask_offsets = None
         if options.positions is None and options.mask is None:
             self._check_sight(plan, options, None, None, None)
-            return []
-        return self._put_positions_and_mask(plan, options)
+        else:
+            self._put_positions_and_mask(plan, options, kept)
+        return kept
 
-    def _put_positions_and_mask(self, plan: Plan, options: AttendOptions) -> list[Any]:
+    def _put_positions_and_mask(self, plan: Plan, options: AttendOptions, kept: list[Any]) -> None:
         fill, runtime = self._params, self._launcher.runtime
-        kept: list[Any] = []
         positions = options.positions
         on_device = lies_on_device(positions)
         if on_device:
@@ -190,7 +191,6 @@ class AttendCall:
             for name, part in (("mask_offsets", offsets), ("positions", host), ("mask", mask)):
                 if part is not None:
                     setattr(fill, name, next(places))
-        return kept
 
     def _check_sight(
         self,
@@ -205,7 +205,9 @@ class AttendCall:
             num_blocks = int(self._k.struct.num_blocks)
             check_sight(plan, num_blocks, options, positions, mask, mask_offsets)
 
-    def _floats(self, value: Any | None, argument: str, num_heads: int) -> int | None:
+    def _floats(
+        self, value: Any | None, argument: str, num_heads: int, kept: list[Any]
+    ) -> int | None:
         """The address of one float32 for each query head."""
         if value is None:
             return None
@@ -213,6 +215,7 @@ class AttendCall:
         if lies_on_device(value):
             array = device_array(runtime, value, argument, np.float32)
             checks.shape(array.shape, (num_heads,), argument, "[Hq]")
+            kept.append(array)
             return runtime.address(array)
         floats = per_head(value, argument, num_heads)
         assert floats is not None

@@ -48,7 +48,6 @@ class CupyRuntime:
         properties = cuda.runtime.getDeviceProperties(number)
         self.device: int = number
         self.name: str = properties["name"].decode()
-        self.num_multiprocessors: int = properties["multiProcessorCount"]
         self.shared_per_block: int = properties["sharedMemPerBlockOptin"]
         self.arch = f"sm_{properties['major']}{properties['minor']}"
         if (properties["major"], properties["minor"]) < _OLDEST_ARCH:

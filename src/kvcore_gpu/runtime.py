@@ -28,7 +28,6 @@ class Runtime(Protocol):
         array_type: the class of its arrays.
         arch: what kernels are compiled for, such as "sm_90".
         device: the device's number.
-        num_multiprocessors: how many blocks run at once, at least.
         shared_per_block: bytes of shared memory that a block may ask for.
     """
 
@@ -37,7 +36,6 @@ class Runtime(Protocol):
     array_type: type
     arch: str
     device: int
-    num_multiprocessors: int
     shared_per_block: int
 
     def on_device(self, device: int | None) -> Runtime:

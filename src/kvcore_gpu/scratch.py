@@ -20,10 +20,6 @@ class Scratch:
         self._addresses: dict[str, tuple[int, int]] = {}
         self._kept: list[Any] = []
 
-    @property
-    def nbytes(self) -> int:
-        return sum(int(array.nbytes) for array in self._kept)
-
     def get(self, name: str, count: int, dtype: Any) -> int:
         """The address of `count` elements; zeros when they are new."""
         size, address = self._addresses.get(name, (-1, 0))

@@ -86,7 +86,6 @@ class EmulatedRuntime:
     array_type: type = np.ndarray
     arch = "sm_90"
     device = 0
-    num_multiprocessors = 4
     shared_per_block = 227 * 1024
 
     def __init__(

@@ -100,7 +100,6 @@ class StandIn:
     def _properties(self, number: int) -> dict[str, Any]:
         return {
             "name": b"Stand-in",
-            "multiProcessorCount": 132,
             "sharedMemPerBlockOptin": 232448,
             "major": 9,
             "minor": 0,
