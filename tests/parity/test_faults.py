@@ -107,7 +107,7 @@ def test_other_bits_the_second_time(install):
             out[0, 0, 0] = np.nextafter(out[0, 0, 0], np.float32(9 * (self.calls > 2)))
 
     install(Wandering())
-    (result,) = results("prefill/fp16")
+    (result,) = results("decode/fp16")
     assert not result.same_bits and not result.passed
     assert "the second time" in result.message
 
