@@ -10,9 +10,10 @@ import pytest
 
 import attention_oracle as oracle
 import kvcore
-from cuda.attending import attending
 from cuda_emulator.runtime import EmulatedRuntime
+from kvcore import backend
 from kvcore_gpu import attention
+from kvcore_gpu.backend import CudaBackend
 from quantized_reference import Side
 from support import DTYPES, assert_same_bits, poison, random_kv, random_q
 
@@ -59,25 +60,34 @@ class Case:
     def attend(self, runtime, chosen=None, few_rows=0, **options):
         """out and lse of the chosen sequences' new tokens, of prefill.cu those with more rows."""
         chosen = range(len(self.news)) if chosen is None else chosen
-        with mock.patch.object(attention.Attention, "few_rows", few_rows):
-            cache = attending(runtime, self.spec, num_blocks=40)
-            poisoned = not any(f.is_quantized for f in self.spec.layers[0].formats)
-            if poisoned:
-                poison(cache)
-            sequences = [cache.sequence() for _ in chosen]
-            stored = [(q, s) for q, s in zip(sequences, chosen, strict=True) if self.contexts[s]]
-            if stored:
-                with cache.step([(q, self.contexts[s]) for q, s in stored]) as step:
-                    self._append(step, [(s, 0, self.contexts[s]) for _, s in stored])
-            if poisoned:
-                poison(cache, sequences)
-            with cache.step(
-                [(q, self.news[s]) for q, s in zip(sequences, chosen, strict=True)]
-            ) as step:
-                self._append(step, [(s, self.contexts[s], self.lengths[s]) for s in chosen])
-                q = np.concatenate([self.q[self.rows(s)] for s in chosen])
-                result = step.attend(0, q, return_lse=True, **options)
-        return result
+        made = {"cuda": CudaBackend(runtime)}
+        with (
+            mock.patch.dict(backend._loaded, made),
+            mock.patch.object(attention.Attention, "few_rows", few_rows),
+        ):
+            return self._attend(kvcore.KVCache(self.spec, 40, backend="cuda"), chosen, options)
+
+    def _attend(self, cache, chosen, options):
+        if not self.is_quantized:
+            poison(cache)
+        sequences = [cache.sequence() for _ in chosen]
+        stored = [(q, s) for q, s in zip(sequences, chosen, strict=True) if self.contexts[s]]
+        if stored:
+            with cache.step([(q, self.contexts[s]) for q, s in stored]) as step:
+                self._append(step, [(s, 0, self.contexts[s]) for _, s in stored])
+        entries = [(q, self.news[s]) for q, s in zip(sequences, chosen, strict=True)]
+        with cache.step(entries) as step:
+            self._append(step, [(s, self.contexts[s], self.lengths[s]) for s in chosen])
+            q = np.concatenate([self.q[self.rows(s)] for s in chosen])
+            first = step.attend(0, q, return_lse=True, **options)
+            again = step.attend(0, q, return_lse=True, **options)
+        for a, b in zip(first, again, strict=True):
+            assert_same_bits(a, b, "the same call again")
+        return first
+
+    @property
+    def is_quantized(self):
+        return any(f.is_quantized for f in self.spec.layers[0].formats)
 
     def _append(self, step, parts):
         k, v = (np.concatenate([self.texts[s][i][a:b] for s, a, b in parts]) for i in (0, 1))
@@ -118,7 +128,7 @@ class Case:
         return sides
 
     def check(self, out, lse, **options):
-        if any(f.is_quantized for f in self.spec.layers[0].formats):
+        if self.is_quantized:
             self._check_quantized(out, lse, options)
             return
         for s in range(len(self.news)):
@@ -185,16 +195,13 @@ def int8_scales(head_dim):
     "case",
     [
         Case("rot8", "rot6", 128, q_dtype="bfloat16"),
-        Case("int8", "int4", 32, 64),
         Case("int4", "rot4", 96, block_size=16),
         Case("fp8_e4m3", "rot3", 64, 192, group=4),
         Case("rot4", "int8", 160, q_dtype="bfloat16", raw_first=0, raw_last=64),
         Case("rot6", "rot2", 64, q_dtype="float16", raw_first=0, raw_last=0),
         Case("rot3", "fp8_e4m3", 256, heads=1, group=1),
-        Case("rot2", "fp16", 64, raw_first=32),
         Case("chan4", "rot4", 128, q_dtype="bfloat16"),
-        Case("chan2", "bf16", 64, raw_last=0),
-        Case("bf16", "rot8", 64, q_dtype="bfloat16"),
+        Case("chan2", "bf16", 64, raw_first=32, raw_last=0),
         Case(
             "int8_static", "int8_static", 64,
             key_scales=int8_scales(64), value_scales=int8_scales(64),
@@ -215,10 +222,9 @@ def test_long_prompts_in_several_tiles_of_rows(runtime):
     run(runtime, Case("bf16", "bf16", 64, q_dtype="bfloat16", contexts=(5, 0), news=(200, 90)))
 
 
-@pytest.mark.parametrize("q_dtype", ["float32", "bfloat16"])
-def test_keys_of_any_magnitude(runtime, q_dtype):
+def test_keys_of_any_magnitude(runtime):
     for magnitude in (1e-30, 30.0, 1e8):
-        case = Case("int4", "int8", 32, 64, q_dtype=q_dtype, heads=1)
+        case = Case("int4", "int8", 32, 64, q_dtype="bfloat16", heads=1)
         case.texts = [(k * np.float32(magnitude), v) for k, v in case.texts]
         run(runtime, case)
 
@@ -359,7 +365,8 @@ def test_sequences_of_few_rows_are_another_kernels(runtime):
     with mock.patch.object(EmulatedRuntime, "launch", autospec=True) as launch:
         launch.side_effect = EMULATED_LAUNCH
         out, lse = case.attend(runtime, few_rows=few_rows)
-    assert {call.args[1].name for call in launch.call_args_list} == {"prefill", "decode"}
+    names = {call.args[1].name for call in launch.call_args_list}
+    assert names == {"append", "prefill", "decode"}
     case.check(out, lse)
     many = [s for s, n in enumerate(case.news) if 2 * n > few_rows]
     assert 0 < len(many) < len(case.news)

@@ -91,6 +91,32 @@ template <bool RAW> KV_DEVICE Wanted wanted_by(const AttendParams &p, const Plac
     return wanted;
 }
 
+/* Whether all rows of the block see all keys of the tile: as its first and its last token do, unless
+ * options have a say. */
+template <bool RAW>
+KV_DEVICE bool block_takes_all(const AttendParams &p, const Place &place, s32 first) {
+    if (OPTIONS)
+        return false;
+    const Sequence &seq = place.seq;
+    const s32 last_row = min(place.first_row + ROWS, seq.num_new * p.group) - 1;
+    return takes_all<RAW>(p, seq, sight_of(p, seq, place.first_row / p.group), first) &&
+           takes_all<RAW>(p, seq, sight_of(p, seq, last_row / p.group), first);
+}
+
+/* Keeps values that are not finite from rows that do not see them. */
+template <bool RAW>
+KV_DEVICE void part_not_finite(const AttendParams &p, const Place &place, const Shared &shared,
+                               s32 stage, s32 first, const WarpTokens &tokens, WarpState &state) {
+    u8 *values = v_tile<RAW>(shared, stage);
+    if (block_takes_all<RAW>(p, place, first) || !has_not_finite(values))
+        return;
+    if (tokens.first <= tokens.last)
+        add_not_finite<RAW>(p, place.seq, place.first_row, state, values, first);
+    sync_threads();
+    clear_not_finite(values);
+    sync_threads();
+}
+
 template <bool RAW>
 KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shared &shared,
                            WarpState &state) {
@@ -120,6 +146,8 @@ KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shar
             expand_tile(shared, stage, first_key(i), wanted);
             sync_threads();
         }
+        if constexpr (!V_ENCODED<RAW>)
+            part_not_finite<RAW>(p, place, shared, stage, first_key(i), tokens, state);
         if (tokens.first <= tokens.last)
             attend_tile<RAW>(p, seq, place.first_row, tokens, shared, k_tile<RAW>(shared, stage),
                              v_tile<RAW>(shared, stage), first_key(i), state);

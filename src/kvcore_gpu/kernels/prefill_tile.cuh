@@ -177,12 +177,10 @@ KV_DEVICE void pack_step(const Scores &s, s32 t, s32 k, const float *value_scale
     }
 }
 
-/* o += weights . values. Where CAREFUL, rows may see some values of the tile and others not: what is
- * not finite is left out, and noted. */
-template <bool RAW, bool CAREFUL>
-KV_DEVICE bool add_values(WarpState &state, const Scores &s, u8 *values, const float *value_scales,
+/* o += weights . values. */
+template <bool RAW>
+KV_DEVICE void add_values(WarpState &state, const Scores &s, u8 *values, const float *value_scales,
                           s32 lane) {
-    bool found = false;
 #pragma unroll
     for (s32 k = 0; k < KEYS / 16; k++) {
         u32 a[ROW_TILES][4];
@@ -193,10 +191,6 @@ KV_DEVICE bool add_values(WarpState &state, const Scores &s, u8 *values, const f
         for (s32 n = 0; n < V_CHUNKS / 2; n++) {
             u32 b[4];
             load_values_fragment<V_CHUNKS>(b, values, 16 * k, n, lane);
-            if constexpr (CAREFUL && !V_ENCODED<RAW>)
-#pragma unroll
-                for (s32 i = 0; i < 4; i++)
-                    b[i] = finite_pair<V_IS_BF16>(b[i], found);
 #pragma unroll
             for (s32 t = 0; t < ROW_TILES; t++) {
                 mma<V_IS_BF16>(state.o[t][2 * n], a[t], b[0], b[1]);
@@ -204,32 +198,6 @@ KV_DEVICE bool add_values(WarpState &state, const Scores &s, u8 *values, const f
             }
         }
     }
-    return found;
-}
-
-/* Adds what add_values left out to the rows that see it. */
-template <bool RAW>
-KV_DEVICE void add_not_finite(const AttendParams &p, const Sequence &seq, const LaneSight &rows,
-                              WarpState &state, u8 *values, s32 first) {
-    const s32 pair = 2 * (lane_id() & 3);
-#pragma unroll 1
-    for (s32 key = 0; key < KEYS; key++)
-#pragma unroll
-        for (s32 n = 0; n < V_CHUNKS; n++) {
-            const u8 *chunk = chunk_of<V_CHUNKS>(values, key, n);
-#pragma unroll
-            for (s32 i = 0; i < 2; i++) {
-                const u16 bits = reinterpret_cast<const u16 *>(chunk)[pair + i];
-                if (!is_not_finite<V_IS_BF16>(bits))
-                    continue;
-#pragma unroll
-                for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-                    for (s32 half = 0; half < 2; half++)
-                        if (takes<RAW>(p, seq, rows.sight[t][half], first + key))
-                            state.o[t][n][2 * half + i] += unpack<V_IS_BF16>(bits);
-            }
-        }
 }
 
 /* Whether some row of the warp sees a key of the tile, and whether one of them is to be masked. A
@@ -278,8 +246,64 @@ KV_DEVICE void attend_tile(const AttendParams &p, const Sequence &seq, s32 first
         mask_scores<RAW>(p, seq, rows, first, s);
     }
     weigh(state, s);
-    if (!masked)
-        add_values<RAW, false>(state, s, values, shared.value_scales, lane);
-    else if (any(add_values<RAW, true>(state, s, values, shared.value_scales, lane)))
-        add_not_finite<RAW>(p, seq, look(p, seq, first_row), state, values, first);
+    add_values<RAW>(state, s, values, shared.value_scales, lane);
+}
+
+/* ---- values that are not finite, where some rows of the block see them and others do not */
+
+/* Whether the tile has any, as every warp finds by itself. */
+KV_DEVICE bool has_not_finite(u8 *values) {
+    u32 found = 0;
+#pragma unroll 1
+    for (s32 i = lane_id(); i < KEYS * V_CHUNKS; i += 32) {
+        const uint4 chunk =
+            *reinterpret_cast<uint4 *>(chunk_of<V_CHUNKS>(values, i / V_CHUNKS, i % V_CHUNKS));
+        found |= not_finite_halves<V_IS_BF16>(chunk.x) | not_finite_halves<V_IS_BF16>(chunk.y) |
+                 not_finite_halves<V_IS_BF16>(chunk.z) | not_finite_halves<V_IS_BF16>(chunk.w);
+    }
+    return any(found != 0);
+}
+
+/* Adds them to the rows of the warp that see them, with a weight of 1. */
+template <bool RAW>
+KV_DEVICE void add_not_finite(const AttendParams &p, const Sequence &seq, s32 first_row,
+                              WarpState &state, u8 *values, s32 first) {
+#pragma unroll 1
+    for (s32 i = 0; i < KEYS * V_CHUNKS; i++) {
+        const s32 key = i / V_CHUNKS, column = i % V_CHUNKS;
+        const u8 *chunk = chunk_of<V_CHUNKS>(values, key, column);
+        const u32 pair = reinterpret_cast<const u32 *>(chunk)[lane_id() & 3];
+        const u32 halves = not_finite_halves<V_IS_BF16>(pair);
+        if (!any(halves != 0))
+            continue;
+        const float low = halves & 0x8000u ? unpack<V_IS_BF16>((u16)pair) : 0.0f;
+        const float high = halves >> 16 ? unpack<V_IS_BF16>((u16)(pair >> 16)) : 0.0f;
+        const LaneSight rows = look(p, seq, first_row);
+#pragma unroll
+        for (s32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+            for (s32 half = 0; half < 2; half++) {
+                const bool seen = takes<RAW>(p, seq, rows.sight[t][half], first + key);
+#pragma unroll
+                for (s32 n = 0; n < V_CHUNKS; n++)
+                    if (seen && n == column) {
+                        state.o[t][n][2 * half] += low;
+                        state.o[t][n][2 * half + 1] += high;
+                    }
+            }
+    }
+}
+
+/* Puts zeros in their place: a weight of 0 does not keep them out of a product. */
+KV_DEVICE void clear_not_finite(u8 *values) {
+    for (s32 i = threadIdx.x; i < KEYS * V_CHUNKS * 4; i += THREADS) {
+        const s32 chunk = i / 4;
+        u32 *pair = reinterpret_cast<u32 *>(
+                        chunk_of<V_CHUNKS>(values, chunk / V_CHUNKS, chunk % V_CHUNKS)) +
+                    i % 4;
+        bool found = false;
+        const u32 finite = finite_pair<V_IS_BF16>(*pair, found);
+        if (found)
+            *pair = finite;
+    }
 }
