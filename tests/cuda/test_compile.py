@@ -12,6 +12,7 @@ from kvcore import formats
 from kvcore.errors import BackendUnavailable
 from kvcore_gpu import compiler, nvrtc
 from kvcore_gpu import decode as attend_few
+from kvcore_gpu import prefill as attend_many
 from kvcore_gpu import simt as attend_alone
 
 RECOMMENDED = [
@@ -112,8 +113,29 @@ def simt(format: str, head_dim: int, group: int) -> Case:
     return Case(kernel.source, {kernel.entry: (168 if rows == 1 else 208, 128)}, kernel.defines())
 
 
+def prefill(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
+    yield from _prefill(k_format, v_format, head_dim, 1, False)
+
+
+def prefill_with_options(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
+    yield from _prefill(k_format, v_format, head_dim, 2, True)
+
+
+def _prefill(
+    k_format: str, v_format: str, head_dim: int, query_parts: int, options: bool
+) -> Iterator[Case]:
+    pair = formats.FORMATS[k_format], formats.FORMATS[v_format]
+    if not attend_many.serves(*pair, head_dim, head_dim):
+        return
+    kernel = attend_many.Prefill(*pair, head_dim, head_dim, query_parts, options)
+    assert kernel.shared_bytes <= SHARED_PER_BLOCK
+    # As with decoding: two blocks of 128 threads share a multiprocessor.
+    assert kernel.row_tiles == 1 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
+    yield Case(kernel.source, {kernel.entry: (255, 0)}, kernel.defines())
+
+
 # What runs in every step is compiled for all head_dims, the others for 128.
-EVERY_STEP = [append, decode]
+EVERY_STEP = [append, decode, prefill]
 NOW_AND_THEN = [copy_blocks, quantize, read]
 ALONE = [
     Case("merge_states.cu", {"merge_states": (64, 0)}),
@@ -159,7 +181,7 @@ REMAINING = [
     for name, case in {
         **cases_of(EVERY_STEP + NOW_AND_THEN, ALL_PAIRS, (128,)),
         **cases_of(NOW_AND_THEN, RECOMMENDED, (64, 256)),
-        **cases_of([decode_with_options], RECOMMENDED, (64, 128, 256)),
+        **cases_of([decode_with_options, prefill_with_options], RECOMMENDED, (64, 128, 256)),
     }.items()
     if name not in CASES
 ] + [replace(case, arch=arch) for arch in SAMPLES for case in ALONE]

@@ -91,8 +91,8 @@ KV_DEVICE void expand_row_codes(u8 *tile, const u8 *stage, const float *scales, 
                                 const Wanted &wanted) {
     using Float = typename FloatType<IS_BF16>::Type;
     constexpr s32 chunks = DIM / CHUNK<FORMAT>, items = KEYS * chunks * 4;
-#pragma unroll 2
-    for (s32 i = threadIdx.x; i < items; i += THREADS) {
+#pragma unroll 1
+    for (s32 i = opaque(threadIdx.x); i < items; i += THREADS) {
         const s32 w = i & 3, chunk = i / 4 % chunks, token = i / 4 / chunks;
         u32 words[NUM_WORDS<FORMAT>], pairs[FIELDS<FORMAT>][2];
         load_codes<FORMAT, DIM>(stage + token * CODE_BYTES<FORMAT, DIM>, chunk, w, words);
@@ -117,8 +117,8 @@ KV_DEVICE void expand_row_codes(u8 *tile, const u8 *stage, const float *scales, 
 template <s32 FORMAT, s32 DIM>
 KV_DEVICE void expand_channel_codes(u8 *tile, const u8 *stage, const float *scales) {
     constexpr s32 lines = DIM / (2 * FIELDS<FORMAT>), items = KEYS / GROUP_TOKENS * lines * 16;
-#pragma unroll 2
-    for (s32 i = threadIdx.x; i < items; i += THREADS) {
+#pragma unroll 1
+    for (s32 i = opaque(threadIdx.x); i < items; i += THREADS) {
         const s32 t = i & 15, line = i / 16 % lines, group = i / 16 / lines;
         const u8 *codes = stage + group * GROUP_TOKENS * CODE_BYTES<FORMAT, DIM>;
         const u32 words[1] = {reinterpret_cast<const u32 *>(codes)[16 * line + t]};
