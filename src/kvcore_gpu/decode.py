@@ -65,6 +65,14 @@ class Decode:
         return -(-self.head_dim_v // self.slice_dim)
 
     @property
+    def blocks(self) -> int:
+        """Blocks that are to share a multiprocessor, as far as registers go. Decoding codes takes
+        many instructions, and more warps to hide how long each takes."""
+        rows_alone = self.k_format.kind == self.v_format.kind == "row"
+        longer = max(self.head_dim, self.head_dim_v)
+        return 3 if longer <= 64 or (longer <= 128 and rows_alone and not self.options) else 2
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         scalars = 4 * (2 * self.rows + 3 * WARPS * self.rows)
@@ -100,16 +108,17 @@ class Decode:
             "OPTIONS": int(self.options),
             "QUERY_PARTS": self.query_parts,
             "STAGES": self.stages,
+            "MIN_BLOCKS": self.blocks,
             "SHARED_BYTES": self.shared_bytes,
         }
 
 
 def fit(shape: Decode, shared_per_block: int) -> Decode | None:
-    """The shape with the longest ring with which two blocks share a multiprocessor, or, where none
-    does, one has it alone; None where not even that fits."""
-    half = (shared_per_block + RESERVED_BYTES) // 2 - RESERVED_BYTES
-    for limit, shortest in ((half, 2), (shared_per_block, 1)):
-        for stages in range(MAX_STAGES, shortest - 1, -1):
+    """The shape with the longest ring with which as many blocks share a multiprocessor as are to,
+    or, where none is short enough, fewer; None where not even one block fits."""
+    for blocks in range(shape.blocks, 0, -1):
+        limit = (shared_per_block + RESERVED_BYTES) // blocks - RESERVED_BYTES
+        for stages in range(MAX_STAGES, 1 if blocks > 1 else 0, -1):
             fitted = replace(shape, stages=stages)
             if fitted.shared_bytes <= limit:
                 return fitted

@@ -100,9 +100,9 @@ def _decode(
     wanted = attend_few.Decode(*pair, head_dim, head_dim, False, query_parts, options)
     kernel = attend_few.fit(wanted, SHARED_PER_BLOCK)
     assert kernel is not None
-    # Two blocks share a multiprocessor: 65,536 registers for 256 threads.
+    # A multiprocessor has 65,536 registers: for two blocks of 128 threads, or for three.
     assert head_dim > 128 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
-    yield Case(kernel.source, {kernel.entry: (168 if head_dim == 64 else 255, 128)},
+    yield Case(kernel.source, {kernel.entry: (168 if kernel.blocks == 3 else 255, 128)},
                kernel.defines())  # fmt: skip
 
 

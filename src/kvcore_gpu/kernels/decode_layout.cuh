@@ -5,6 +5,7 @@
  *                 two numbers of that type
  *   V_IN_K        1: V is the first HEAD_DIM_V elements of K, and read there
  *   STAGES        tiles in a warp's ring
+ *   MIN_BLOCKS    blocks that are to share a multiprocessor's registers
  *   SHARED_BYTES  what the host reckons (kvcore_gpu/attention.py), which must be the same
  *
  * A quantized cache is read in two passes, by different blocks: keys that are read encoded, and raw
@@ -38,12 +39,6 @@ constexpr s32 K_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = SLICE_DIM / 16;
 constexpr s32 K_CHUNKS = 2 * K_STEPS, V_CHUNKS = V_IN_K ? K_CHUNKS : 2 * V_STEPS;
 /* Fragments of longer queries are loaded for every tile, and where there are few tiles. */
 template <bool RAW> constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128 && !RAW;
-
-/* Blocks that are to share a multiprocessor's registers. Decoding codes takes many instructions, and
- * more warps to hide how long each takes. */
-constexpr s32 LONGER = larger(HEAD_DIM, HEAD_DIM_V);
-constexpr bool MANY_BLOCKS = LONGER <= 64 || (!OPTIONS && IS_ROW<K_FORMAT> && IS_ROW<V_FORMAT>);
-constexpr s32 MIN_BLOCKS = LONGER > 128 ? 1 : MANY_BLOCKS ? 3 : 2;
 
 template <bool RAW> constexpr bool K_ENCODED = K_QUANTIZED && !RAW;
 template <bool RAW> constexpr bool V_ENCODED = V_QUANTIZED && !RAW;
