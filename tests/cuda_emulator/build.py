@@ -139,6 +139,6 @@ def _cached(name: str, build: Callable[[Path], None]) -> Path:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
+        # The file stays: one that is removed can be locked by two processes under one name.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    path.unlink(missing_ok=True)
