@@ -153,6 +153,15 @@ static void kv_scale_scores(const kv_split_task *task, const float *plus, const 
 
 /* ---- scores ---------------------------------------------------------------------------------- */
 
+/* Asks for the metadata of a run; `i` counts as in kv_run_ahead. */
+static void kv_ask_metadata(const kv_split_task *task, const kv_run *run, int32_t i) {
+    const int is_value = i / task->runs->num_runs == 1;
+    const int is_group = !is_value && kv_is_channel(task->k_format);
+    const int32_t nbytes = is_group ? 4 * task->head_dim : 2 * run->count;
+    for (int32_t at = 0; run->metadata && at < nbytes; at += KV_LINE_BYTES)
+        kv_prefetch(run->metadata + at);
+}
+
 static void kv_score_encoded_run(const kv_split_task *task, const kv_encoded_queries *q,
                                  const kv_encoded_scratch *scratch, const kv_run *run,
                                  int32_t start, const kv_run *ahead) {
@@ -184,6 +193,7 @@ static void kv_score_encoded(const kv_split_task *task, const kv_encoded_scratch
         const kv_run *run = &runs->k[i], *ahead = kv_run_ahead(task, run, i + distance);
         if (!kv_seen_by_any(task, 0, task->num_rows, start, run->count))
             continue;
+        kv_ask_metadata(task, ahead, i + distance);
         if (run->raw)
             kv_score_run(task, KV_FORMAT_BF16, run, start, kv_ahead_of(ahead));
         else
@@ -245,6 +255,7 @@ static int kv_value_runs(const kv_split_task *task, const kv_encoded_scratch *sc
         const kv_run *run = &runs->v[i], *ahead = kv_run_ahead(task, run, i + distance);
         if (run->raw != raw || !kv_seen_by_any(task, 0, task->num_rows, start, run->count))
             continue;
+        kv_ask_metadata(task, ahead, i + distance);
         if (raw && !any++)
             kv_order_values(task);
         if (raw) {

@@ -12,19 +12,15 @@ KV_INLINE kv_int8_ahead kv_second_half(kv_format format, const kv_run *ahead) {
     return (kv_int8_ahead){ahead->rows + KV_RUN / 2 * ahead->nbytes, (bits + 1) / 2};
 }
 
-/* Queries for encoded keys, in the groups of kv_int8_rows; of sealed groups' only as they are. */
+/* Queries for encoded keys, in the groups in which rows meet them; of sealed groups' only as they
+ * are. */
 static void kv_int8_pack_queries(const kv_encoded_queries *to, const float *q, int32_t num_rows,
                                  int32_t head_dim) {
     int8_t *planes = (int8_t *)to->panels;
-    const float full = kv_int8_full(head_dim);
-    for (int32_t row = 0, rows; row < num_rows; row += rows, q += (int64_t)rows * head_dim) {
-        rows = num_rows - row < KV_INT8_ROWS ? num_rows - row : KV_INT8_ROWS;
-        for (int32_t r = 0; r < rows; r++)
-            to->zero[row + r] =
-                128 * kv_int8_pack_row(q + (int64_t)r * head_dim, head_dim, full,
-                                       planes + ((int64_t)row * head_dim + r * KV_UNIT_DIMS) * 2,
-                                       rows * 2 * KV_UNIT_DIMS, to->units + row + r);
-    }
+    KV_ROW_GROUPS(KV_INT8_ROWS, num_rows,
+                  kv_int8_pack_levels(rows, q + (int64_t)row * head_dim, head_dim,
+                                      planes + (int64_t)row * head_dim * 2, to->units + row,
+                                      to->zero + row));
 }
 
 /* ---- scores ---------------------------------------------------------------------------------- */
@@ -46,17 +42,16 @@ static void kv_load_channels(kv_format format, const kv_run *run, int32_t head_d
 KV_INLINE void kv_int8_score_group(const kv_split_task *task, const kv_encoded_queries *all,
                                    const kv_encoded_scratch *scratch, const kv_run *run,
                                    int32_t start, int32_t row, int num_rows, int halves,
-                                   kv_int8_ahead ahead) {
+                                   int32_t head_dim, kv_int8_ahead ahead) {
     float units[KV_INT8_ROWS], plus[KV_INT8_ROWS], copy[KV_INT8_ROWS * KV_RUN];
     int32_t zero[KV_INT8_ROWS];
-    const int32_t head_dim = task->head_dim;
     const float *scales = scratch->scales;
     kv_int8_queries q = {(const int8_t *)all->panels + (int64_t)row * 2 * head_dim,
                          all->units + row, all->zero + row, all->plus + row};
     if (kv_is_channel(task->k_format)) {
         kv_int8_pack_group(num_rows, all->panels + (int64_t)row * head_dim, all->plus + row,
                            scratch->channels, head_dim, kv_middle_code(task->k_format),
-                           scratch->planes, units, zero, plus);
+                           scratch->channels + 2 * head_dim, scratch->planes, units, zero, plus);
         q = (kv_int8_queries){scratch->planes, units, zero, plus};
         scales = NULL;
     }
@@ -73,25 +68,34 @@ KV_INLINE void kv_int8_score_group(const kv_split_task *task, const kv_encoded_q
                (size_t)run->count * sizeof(float));
 }
 
+KV_INLINE void kv_int8_score_run_of(const kv_split_task *task, int32_t head_dim,
+                                    const kv_encoded_queries *q, const kv_encoded_scratch *scratch,
+                                    const kv_run *run, int32_t start, const kv_run *ahead) {
+    const kv_int8_ahead second = kv_second_half(task->k_format, ahead), none = {NULL, 0};
+    kv_unpack_keys(task->k_format, run, head_dim, scratch->copy, scratch->lines, ahead->rows);
+    const int halves = run->first + run->count > KV_LANES ? 2 : 1;
+    if (halves == 2)
+        KV_ROW_GROUPS(KV_INT8_ROWS, task->num_rows,
+                      kv_int8_score_group(task, q, scratch, run, start, row, rows, 2, head_dim,
+                                          row == 0 ? second : none));
+    else
+        KV_ROW_GROUPS(KV_INT8_ROWS, task->num_rows,
+                      kv_int8_score_group(task, q, scratch, run, start, row, rows, 1, head_dim,
+                                          row == 0 ? second : none));
+}
+
+/* The commonest head_dim as a constant. */
 static void kv_int8_score_run(const kv_split_task *task, const kv_encoded_queries *q,
                               const kv_encoded_scratch *scratch, const kv_run *run, int32_t start,
                               const kv_run *ahead) {
-    const kv_int8_ahead second = kv_second_half(task->k_format, ahead), none = {NULL, 0};
-    kv_prefetch(ahead->metadata);
-    kv_unpack_keys(task->k_format, run, task->head_dim, scratch->copy, scratch->lines, ahead->rows);
     if (kv_is_channel(task->k_format))
         kv_load_channels(task->k_format, run, task->head_dim, scratch->channels);
     else
         kv_run_scales(task->k_format, run, scratch->scales);
-    const int halves = run->first + run->count > KV_LANES ? 2 : 1;
-    if (halves == 2)
-        KV_ROW_GROUPS(KV_INT8_ROWS, task->num_rows,
-                      kv_int8_score_group(task, q, scratch, run, start, row, rows, 2,
-                                          row == 0 ? second : none));
+    if (task->head_dim == 128)
+        kv_int8_score_run_of(task, 128, q, scratch, run, start, ahead);
     else
-        KV_ROW_GROUPS(KV_INT8_ROWS, task->num_rows,
-                      kv_int8_score_group(task, q, scratch, run, start, row, rows, 1,
-                                          row == 0 ? second : none));
+        kv_int8_score_run_of(task, task->head_dim, q, scratch, run, start, ahead);
 }
 
 /* ---- values ---------------------------------------------------------------------------------- */
@@ -111,7 +115,6 @@ KV_INLINE void kv_int8_value_run_of(const kv_split_task *task, int32_t head_dim,
                                     int32_t start, const kv_run *ahead) {
     const kv_int8_ahead second = kv_second_half(task->v_format, ahead), none = {NULL, 0};
     int8_t *lines = (int8_t *)scratch->lines;
-    kv_prefetch(ahead->metadata);
     kv_unpack_values(task->v_format, run, head_dim, scratch->copy, lines, ahead->rows);
     kv_clear_quad(run, head_dim, lines);
     KV_ROW_GROUPS(KV_INT8_ROWS, task->num_rows,

@@ -220,8 +220,8 @@ static const char *kv_whole_codes(const kv_run *run, char *copy, int64_t *stride
     return copy;
 }
 
-static void kv_unpack_keys(kv_format format, const kv_run *run, int32_t head_dim, char *copy,
-                           uint8_t *lines, const char *ahead) {
+KV_INLINE void kv_unpack_keys(kv_format format, const kv_run *run, int32_t head_dim, char *copy,
+                              uint8_t *lines, const char *ahead) {
     int64_t stride;
     if (format == KV_FORMAT_CHAN4) {
         kv_unpack_key_group(KV_FORMAT_CHAN4, run->rows, head_dim, lines, ahead);

@@ -99,43 +99,73 @@ KV_INLINE kv_bytes kv_scale_to_whole(kv_vec x, kv_whole_scale scale) {
     return kv_to_whole(kv_mul(kv_mul(x, scale.lift), scale.factor));
 }
 
-/* One row: its numbers into `planes`, chunk by chunk `step` bytes on. Returns their sum. */
-KV_INLINE int32_t kv_int8_pack_row(const float *q, int32_t head_dim, float full, int8_t *planes,
-                                   int64_t step, float *unit) {
-    kv_vec top = kv_zero();
-    for (int32_t d = 0; d < head_dim; d += KV_LANES) {
-        const kv_vec x = kv_load(q + d);
-        top = kv_max(top, kv_max(x, kv_sub(kv_zero(), x)));
+/* num_rows rows [head_dim], of which most[r] is the largest magnitude: their numbers into `planes`,
+ * what 1 stands for, and the score that `middle` in place of every level has. Rows take turns, as
+ * what a row waits for is then hidden by the others. */
+KV_INLINE void kv_int8_pack_rows(int num_rows, const float *q, int32_t head_dim, const float *most,
+                                 int middle, int8_t *planes, float *units, int32_t *zero) {
+    const float full = kv_int8_full(head_dim);
+    kv_whole_scale scale[KV_INT8_ROWS];
+    kv_bytes sum[KV_INT8_ROWS];
+    KV_UNROLL
+    for (int r = 0; r < num_rows; r++) {
+        scale[r] = kv_whole_scale_of(most[r], full);
+        units[r] = most[r] / full;
+        sum[r] = kv_zero_bytes();
     }
-    const float most = kv_hmax(top);
-    const kv_whole_scale scale = kv_whole_scale_of(most, full);
-    kv_bytes sum = kv_zero_bytes();
-    for (int32_t d = 0; d < head_dim; d += KV_LANES, planes += step) {
-        const kv_bytes x = kv_scale_to_whole(kv_load(q + d), scale);
-        sum = kv_add_whole(sum, x);
+    for (int32_t d = 0; d < head_dim; d += KV_LANES)
+        KV_UNROLL
+    for (int r = 0; r < num_rows; r++, planes += 2 * KV_UNIT_DIMS) {
+        const kv_bytes x = kv_scale_to_whole(kv_load(q + (int64_t)r * head_dim + d), scale[r]);
+        sum[r] = kv_add_whole(sum[r], x);
         kv_store_signed_planes(planes, x);
     }
-    *unit = most / full;
-    return kv_sum_whole(sum);
+    KV_UNROLL
+    for (int r = 0; r < num_rows; r++)
+        zero[r] = middle * kv_sum_whole(sum[r]);
 }
 
-/* Queries for a sealed group: every element times its channel's step. Codes count from `middle`, so
- * that roundings weigh less; what the channels' values there come to is added to what is `given`.
- * `channels` has these values, then the steps. */
+KV_INLINE kv_vec kv_magnitude(kv_vec x) { return kv_max(x, kv_sub(kv_zero(), x)); }
+
+/* Queries for levels, which are stored plus 128. */
+KV_INLINE void kv_int8_pack_levels(int num_rows, const float *q, int32_t head_dim, int8_t *planes,
+                                   float *units, int32_t *zero) {
+    float most[KV_INT8_ROWS];
+    for (int r = 0; r < num_rows; r++) {
+        kv_vec top = kv_zero();
+        for (int32_t d = 0; d < head_dim; d += KV_LANES)
+            top = kv_max(top, kv_magnitude(kv_load(q + (int64_t)r * head_dim + d)));
+        most[r] = kv_hmax(top);
+    }
+    kv_int8_pack_rows(num_rows, q, head_dim, most, 128, planes, units, zero);
+}
+
+/* Queries for a sealed group: every element times its channel's step, `products` [num_rows,
+ * head_dim]. Codes count from `middle`, so that roundings weigh less; what the channels' values there
+ * come to is added to what is `given`. `channels` has these values, then the steps. */
 KV_INLINE void kv_int8_pack_group(int num_rows, const float *q, const float *given,
                                   const float *channels, int32_t head_dim, int middle,
-                                  int8_t *planes, float *units, int32_t *zero, float *plus) {
-    const float full = kv_int8_full(head_dim);
-    float product[1024];
-    for (int r = 0; r < num_rows; r++, q += head_dim) {
-        kv_vec sum = kv_zero();
-        for (int32_t d = 0; d < head_dim; d += KV_LANES) {
-            const kv_vec x = kv_load(q + d);
-            sum = kv_fma(x, kv_load(channels + d), sum);
-            kv_store(product + d, kv_mul(x, kv_load(channels + head_dim + d)));
+                                  float *products, int8_t *planes, float *units, int32_t *zero,
+                                  float *plus) {
+    float most[KV_INT8_ROWS];
+    kv_vec top[KV_INT8_ROWS], sum[KV_INT8_ROWS];
+    KV_UNROLL
+    for (int r = 0; r < num_rows; r++)
+        top[r] = sum[r] = kv_zero();
+    for (int32_t d = 0; d < head_dim; d += KV_LANES) {
+        const kv_vec value = kv_load(channels + d), step = kv_load(channels + head_dim + d);
+        KV_UNROLL
+        for (int r = 0; r < num_rows; r++) {
+            const kv_vec x = kv_load(q + (int64_t)r * head_dim + d), product = kv_mul(x, step);
+            sum[r] = kv_fma(x, value, sum[r]);
+            top[r] = kv_max(top[r], kv_magnitude(product));
+            kv_store(products + (int64_t)r * head_dim + d, product);
         }
-        zero[r] = middle * kv_int8_pack_row(product, head_dim, full, planes + r * 2 * KV_UNIT_DIMS,
-                                            num_rows * 2 * KV_UNIT_DIMS, units + r);
-        plus[r] = given[r] + kv_hsum(sum);
     }
+    KV_UNROLL
+    for (int r = 0; r < num_rows; r++) {
+        most[r] = kv_hmax(top[r]);
+        plus[r] = given[r] + kv_hsum(sum[r]);
+    }
+    kv_int8_pack_rows(num_rows, products, head_dim, most, middle, planes, units, zero);
 }
