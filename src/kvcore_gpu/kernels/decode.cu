@@ -5,12 +5,12 @@
  * ring in shared memory, without a barrier between warps before the end; a group of query heads costs
  * no more reads than one. The last block of a tile merges what all have left (partials.cuh).
  *
- * The floor is the time that K and V take to arrive: 2 * head_dim * bytes an element for each token and
- * KV head, over the bandwidth. To keep the memory busy a multiprocessor has to have latency times
+ * The floor is the time that K and V take to arrive: 2 * head_dim * bytes an element for each token
+ * and KV head, over the bandwidth. To keep the memory busy a multiprocessor has to have latency times
  * bandwidth under way (about 20 KiB on an H100): two blocks of four warps with two tiles each ahead
- * have 128 KiB at 16 bits and head_dim 128, and 34 KiB at 4 bits. Encoded rows come as they are and
- * are decoded in registers: K's scales go into the scores and V's into the weights, so that an
- * element costs about one instruction, and the products of matrices are the same.
+ * have 128 KiB at 16 bits and head_dim 128, three blocks with three each 74 KiB at 4 bits. Encoded
+ * rows come as they are and are decoded in registers: K's scales go into the scores and V's into the
+ * weights, and the products of matrices are the same.
  */
 #include "decode_keys.cuh"
 #include "decode_ring.cuh"

@@ -7,7 +7,7 @@
  *
  * The floor is the time that K and V take to arrive. Lanes read 16 bytes at once, those of a key side
  * by side, and hold the next key while they work on one: at 16 bits and head_dim 128 a warp has two
- * keys and their values under way, 1 KiB, and a multiprocessor with 20 warps 20 KiB.
+ * keys and their values under way, 1 KiB, and a multiprocessor with 32 warps 32 KiB.
  */
 #include "decode_place.cuh"
 #include "partials.cuh"
@@ -227,7 +227,7 @@ KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared
     store_partials(p, work, shared);
 }
 
-KV_KERNEL(simt, AttendParams, THREADS, 1) {
+KV_KERNEL(simt, AttendParams, THREADS, ROWS == 1 && LONGER <= 128 ? 4 : 1) {
     KV_DYNAMIC_SHARED(float, floats);
     KV_SHARED Work work; /* which no thread has to hold while it sums */
     KV_SHARED s32 yes;
