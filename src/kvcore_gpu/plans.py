@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from kvcore.backend import Plan
+from kvcore.errors import InvalidArgument
 from kvcore_gpu import params
 from kvcore_gpu.runtime import Runtime
 
 _ITEM = 4  # bytes of an int32
 _LEAST_TOKENS = 512
 _MOST_KEPT = 64  # layouts
+_MOST_SEQUENCES = 65535  # blocks of a grid along z, which sequences are
 
 
 def table_width(num_columns: int, block_size: int) -> int:
@@ -64,6 +66,11 @@ class PlanBuffer:
     def upload(self, plans: Sequence[Plan]) -> Hashable:
         """Sends the plans of groups, then of raw rows; returns the key of their addresses."""
         first = plans[0]
+        if first.num_sequences > _MOST_SEQUENCES:
+            raise InvalidArgument(
+                f"entries: expected at most {_MOST_SEQUENCES} sequences in one call on a CUDA "
+                f"device, got {first.num_sequences}"
+            )
         widths = [table_width(plan.num_columns, plan.block_size) for plan in plans]
         sizes = first.num_sequences, first.num_tokens, first.max_new, *widths
         fixed = self._layouts.get(sizes)

@@ -258,6 +258,15 @@ def test_a_layer_that_reads_anothers_cache(rng):
         assert cache.blocks(0)[0] is cache.blocks(1)[0]
 
 
+def test_more_sequences_than_a_grid_has_blocks():
+    cache = kvcore.KVCache(kvcore.CacheSpec(1, 1, 64, block_size=16), 65537, backend="cuda")
+    entries = [(cache.sequence(), 1) for _ in range(65536)]
+    with pytest.raises(kvcore.InvalidArgument, match=r"^entries: expected at most 65535 sequences"):
+        cache.step(entries)
+    assert cache.stats().in_use == 0
+    cache.check()
+
+
 def test_threads_share_a_cache():
     """Each has a step of its own; what a launch takes is filled in by one of them at a time."""
     interval = sys.getswitchinterval()
