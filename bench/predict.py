@@ -14,6 +14,7 @@ import kvcore
 from bench.arguments import positive
 from bench.cases import decode
 from bench.formats import k_and_v, parse
+from bench.machine import Pinning
 from bench.roof import Roof
 from bench.suite import Settings, run_case
 from kvcore.planner import Model, decode_attention, get_model
@@ -38,7 +39,9 @@ def rows(
     """One row a context: the machine is measured once for all."""
     k_format, v_format = (side.name for side in k_and_v(kv_format))
     spec = model.cache_spec(k_format, v_format)
-    device = measure_cpu(model, spec)
+    with Pinning(roof.num_threads) as pinning:
+        pinning.place_new_threads()
+        device = measure_cpu(model, spec)
     found = []
     for context in contexts:
         case = decode(f"decode-{context}", [context], num_kv_heads=model.num_kv_heads)
