@@ -74,7 +74,7 @@ def quantize(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
         defines = {"K_FORMAT": NUMBERS[format], "HEAD_DIM": head_dim}
         shared = stage_bytes(head_dim)
         channels = formats.FORMATS[format].kind == "channel"
-        ceilings = {"quantize": (208 if channels else 64, shared), "dequantize": (64, shared)}
+        ceilings = {"quantize": (208 if channels else 64, shared), "dequantize": (72, shared)}
         yield Case("quantize.cu", ceilings, defines)
 
 
