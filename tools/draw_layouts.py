@@ -40,7 +40,7 @@ class Picture:
         self.axes.annotate("", xy=end, xytext=start, arrowprops=style)
 
     def save(self, path: Path) -> None:
-        self.figure.savefig(path, metadata={"Date": None})
+        self.figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 def contiguous() -> Picture:

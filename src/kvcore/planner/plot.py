@@ -51,7 +51,7 @@ def svg(plan: Plan, title: str) -> str:
         figure = figure_class(figsize=(4.6, _HEIGHTS[title]), layout="constrained")
         PANELS[title](figure.add_subplot(), plan)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
