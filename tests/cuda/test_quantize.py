@@ -191,7 +191,7 @@ def test_nothing_is_fused_where_bytes_are_compared() -> None:
     kernels = files(kvcore_gpu).joinpath("kernels")
     names = [file.name for file in kernels.iterdir() if file.name.endswith(".cu")]
     exact = {
-        name for name in names if {"metadata.cuh", "decode_row.cuh"} & {*sources.collect(name)}
+        name for name in names if {"metadata.cuh", "dequantize_row.cuh"} & {*sources.collect(name)}
     }
     assert exact == compiler.UNFUSED
     for name in exact:

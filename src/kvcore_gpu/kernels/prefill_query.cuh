@@ -25,22 +25,6 @@ KV_DEVICE void copy_query(const AttendParams &p, const Sequence &seq, s32 head, 
 
 constexpr s32 PER_LANE = (8 * K_CHUNKS + 31) / 32; /* elements l, l + 32, ... of a row */
 
-/* Rounds a row to the type of its keys, and what that leaves again for a second part. */
-template <bool RAW>
-KV_DEVICE void store_query_row(const Shared &shared, s32 row, float (&x)[PER_LANE]) {
-#pragma unroll
-    for (s32 part = 0; part < PARTS<RAW>; part++)
-#pragma unroll
-        for (s32 i = 0; i < PER_LANE; i++) {
-            const s32 d = 32 * i + lane_id();
-            const u16 bits = K_IS_BF16<RAW> ? f32_to_bf16(x[i]) : f32_to_f16(x[i]);
-            u8 *chunk = chunk_of<K_CHUNKS>(shared.query + part * QUERY_PART_BYTES, row, d / 8);
-            if (d < 8 * K_CHUNKS)
-                reinterpret_cast<u16 *>(chunk)[d % 8] = bits;
-            x[i] -= unpack<K_IS_BF16<RAW>>(bits);
-        }
-}
-
 template <bool RAW>
 KV_DEVICE void load_query(const AttendParams &p, const Sequence &seq, s32 head, s32 first_row,
                           const Shared &shared) {
@@ -63,6 +47,7 @@ KV_DEVICE void load_query(const AttendParams &p, const Sequence &seq, s32 head, 
             shared.row_factors[row] = factor;
             shared.row_biases[row] = bias;
         }
-        store_query_row<RAW>(shared, row, x);
+        store_query_row<K_IS_BF16<RAW>, PARTS<RAW>, K_CHUNKS>(shared.query, QUERY_PART_BYTES, row,
+                                                              x);
     }
 }

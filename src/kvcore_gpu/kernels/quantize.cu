@@ -7,7 +7,7 @@
  *
  * -DK_FORMAT, -DHEAD_DIM. Compiled without fused multiply-adds.
  */
-#include "decode_row.cuh"
+#include "dequantize_row.cuh"
 #include "device.cuh"
 #include "encode.cuh"
 #include "encode_group.cuh"

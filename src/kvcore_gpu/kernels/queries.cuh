@@ -60,3 +60,20 @@ template <s32 N> KV_DEVICE float scale_row(float (&x)[N]) {
         x[i] *= power;
     return 1.0f / power;
 }
+
+/* Rounds a row to bfloat16 or float16, and what that leaves again for a second part; the parts' tiles
+ * lie part_bytes apart. */
+template <bool BF16, s32 PARTS_OF_ROW, s32 CHUNKS, s32 N>
+KV_DEVICE void store_query_row(u8 *tile, s32 part_bytes, s32 row, float (&x)[N]) {
+#pragma unroll
+    for (s32 part = 0; part < PARTS_OF_ROW; part++)
+#pragma unroll
+        for (s32 i = 0; i < N; i++) {
+            const s32 d = 32 * i + lane_id();
+            const u16 bits = BF16 ? f32_to_bf16(x[i]) : f32_to_f16(x[i]);
+            u8 *chunk = chunk_of<CHUNKS>(tile + part * part_bytes, row, d / 8);
+            if (d < 8 * CHUNKS)
+                reinterpret_cast<u16 *>(chunk)[d % 8] = bits;
+            x[i] -= unpack<BF16>(bits);
+        }
+}
