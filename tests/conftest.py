@@ -5,6 +5,7 @@ Markers and warnings are set in pyproject.toml.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def _survives(code: str, environment: dict[str, str]) -> bool:
 # Before any test imports kvcore, which asks for features once.
 if "KVCORE_CPU_FEATURES" not in os.environ and _survives(_PROBE, _CLAIM):
     os.environ.update(_CLAIM)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_short():
+    """Many tests ask for a full collection, which need not look at what other modules have left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
