@@ -5,12 +5,14 @@ Environment: KVCORE_CACHE_DIR is that folder; else it is kvcore/ in XDG_CACHE_HO
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -73,8 +75,11 @@ def compile_kernel(source: str, defines: Mapping[str, int | str], arch: str) -> 
     found = _find(path)
     if found is not None:
         return found
-    code, resources = _compile(source, texts, options)
-    return _keep(path, code, resources)
+    with _alone_with(path):
+        found = _find(path)  # another process may have been at it
+        if found is None:
+            found = _keep(path, *_compile(source, texts, options))
+    return found
 
 
 def compile_source(
@@ -137,6 +142,18 @@ def cache_folder() -> Path:
 @cache
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="kvcore-")
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """Holds off others who would compile the same, as the processes of a parallel run do at once.
+
+    Where files cannot be locked, as on some network file systems, each compiles for itself.
+    """
+    with path.with_suffix(".lock").open("ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _find(path: Path) -> Cubin | None:

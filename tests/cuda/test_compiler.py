@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +69,23 @@ def test_a_cubin_is_compiled_once(folder: Path, compiled: list[str]) -> None:
     assert compiled == ["merge_states.cu"]
 
 
+def test_those_who_need_it_at_once_wait_for_one(
+    folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile = nvrtc.Nvrtc.compile
+
+    def slowly(*arguments: Any) -> tuple[bytes, str]:
+        time.sleep(0.05)
+        return compile(*arguments)
+
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: compiler.compile_kernel("merge_states.cu", {}, ARCH), range(4))
+        )
+    assert found == found[:1] * 4 and compiled == ["merge_states.cu"]
+
+
 def test_whatever_matters_makes_another(
     folder: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +132,7 @@ def test_many_at_once_leave_whole_files(folder: Path) -> None:
         )
     assert len({cubin.path for cubin in cubins}) == 1
     assert cubins[0].path.read_bytes()[:4] == b"\x7fELF"
-    assert sorted(path.suffix for path in folder.iterdir()) == [".cubin", ".json"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".cubin", ".json", ".lock"]
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(
