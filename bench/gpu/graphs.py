@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 WARM_UP = 3
@@ -35,6 +36,21 @@ def replay_seconds(cp: Any, graph: Any, repeats: int) -> list[float]:
         end.record(stream)
     stream.synchronize()
     return [cp.cuda.get_elapsed_time(begin, end) / 1e3 for begin, end in events]
+
+
+def call_seconds(cp: Any, run: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds of each call of what CuPy lets no graph hold: its products of matrices. The calls are
+    to be so long that launching them costs nothing."""
+    stream = cp.cuda.get_current_stream()
+    for _ in range(WARM_UP):
+        run()
+    events = [cp.cuda.Event() for _ in range(repeats + 1)]
+    events[0].record(stream)
+    for event in events[1:]:
+        run()
+        event.record(stream)
+    stream.synchronize()
+    return [cp.cuda.get_elapsed_time(*pair) / 1e3 for pair in pairwise(events)]
 
 
 def torch_seconds(torch: Any, run: Callable[[], None], repeats: int) -> list[float]:

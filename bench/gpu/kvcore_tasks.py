@@ -84,6 +84,12 @@ class CacheTask:
         if key not in self._rows:
             name = dtype_of(self.target)
             dtype = arrays.bfloat16() if name == "bfloat16" else np.dtype(name)
-            few = np.random.default_rng(copy).standard_normal(RANDOM_VALUES, np.float32)
-            self._rows[key] = self._xp.asarray(np.resize(few.astype(dtype), shape))
+            self._rows[key] = random_array(self._xp, shape, dtype, copy)
         return self._rows[key]
+
+
+def random_array(xp: Any, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> Any:
+    """An array of the device with normal numbers, some millions of them again and again: a device
+    moves and multiplies zeros faster than these."""
+    few = np.random.default_rng(seed).standard_normal(RANDOM_VALUES, np.float32)
+    return xp.asarray(np.resize(few.astype(dtype), shape))

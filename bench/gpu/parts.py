@@ -15,9 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 import kvcore
 from bench.gpu import graphs, peers, targets
-from bench.gpu.kvcore_tasks import CacheTask
+from bench.gpu.kvcore_tasks import CacheTask, random_array
 
 T = TypeVar("T")
 
@@ -123,16 +125,16 @@ def roof(part: Part) -> None:
     """Bytes a second of a copy, read and written, and flops a second of a product."""
     import cupy as cp
 
+    half = np.dtype(np.float16)
     with cp.cuda.Stream(non_blocking=True):
-        source, target = (cp.empty(COPY_BYTES, cp.uint8) for _ in range(2))
-        source[...] = 1
+        source = random_array(cp, (COPY_BYTES // half.itemsize,), half, 0)
+        target = cp.empty_like(source)
         seconds = graphs.cupy_seconds(cp, lambda: cp.copyto(target, source), part.repeats)
         found = graphs.summary(seconds, 1)
         part.record("copy", bytes_per_second=2 * COPY_BYTES / found["seconds"], **found)
-        a, b = (cp.ones((MATMUL_SIZE, MATMUL_SIZE), cp.float16) for _ in range(2))
+        a, b = (random_array(cp, (MATMUL_SIZE, MATMUL_SIZE), half, i) for i in range(2))
         c = cp.empty_like(a)
-        cp.matmul(a, b, out=c)  # makes the library's workspace, which a capture must not
-        seconds = graphs.cupy_seconds(cp, lambda: cp.matmul(a, b, out=c), part.repeats)
+        seconds = graphs.call_seconds(cp, lambda: cp.matmul(a, b, out=c), part.repeats)
         found = graphs.summary(seconds, 1)
         part.record("matmul", flops_per_second=2 * MATMUL_SIZE**3 / found["seconds"], **found)
 
@@ -240,6 +242,10 @@ def peer(name: str) -> Callable[[Part], None]:
     """Another library."""
 
     def measure(part: Part) -> None:
+        missing = peers.missing(name)
+        if missing is not None:
+            part.record("skipped", name=name, reason=missing)
+            return
         import torch
 
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size

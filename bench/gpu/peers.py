@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,16 @@ def is_comparable(target: Target) -> bool:
         and len(set(case.seq_lens)) == 1
         and (case.kind == "decode" or not any(case.stored))
     )
+
+
+def missing(name: str) -> str | None:
+    """Why a library cannot be imported; None where it can."""
+    for module in (name.partition("-")[0], "torch"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return str(error)
+    return None
 
 
 def torch_sdpa(backend: str, fold: bool) -> Prepare:
