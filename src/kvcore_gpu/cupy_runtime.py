@@ -43,7 +43,7 @@ class CupyRuntime:
         self.array_type: type = self.xp.ndarray
         cuda = self.xp.cuda
         _check_devices(cuda)
-        nvrtc.load()
+        _check_compiler(cuda)
         number = cuda.runtime.getDevice() if device is None else device
         properties = cuda.runtime.getDeviceProperties(number)
         self.device: int = number
@@ -106,10 +106,16 @@ class CupyRuntime:
     # ---- memory
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.xp.empty(shape, dtype)
+        try:
+            return self.xp.empty(shape, dtype)
+        except self._errors as error:  # of an earlier kernel, which this call meets
+            raise DeviceFault(f"memory: {error}") from error
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.xp.zeros(shape, dtype)
+        try:
+            return self.xp.zeros(shape, dtype)
+        except self._errors as error:
+            raise DeviceFault(f"memory: {error}") from error
 
     def copy(self, array: Any) -> Any:
         fresh = self.xp.empty(array.shape, array.dtype)
@@ -117,13 +123,19 @@ class CupyRuntime:
         return fresh
 
     def clear(self, array: Any) -> None:
-        if array.flags.c_contiguous:
-            array.data.memset_async(0, array.nbytes)
-        else:
-            _bits(array)[...] = 0
+        try:
+            if array.flags.c_contiguous:
+                array.data.memset_async(0, array.nbytes)
+            else:
+                _bits(array)[...] = 0
+        except self._errors as error:
+            raise DeviceFault(f"memory: {error}") from error
 
     def to_device(self, array: NDArray[Any]) -> Any:
-        return self.xp.array(array, order="C")
+        try:
+            return self.xp.array(array, order="C")
+        except self._errors as error:
+            raise DeviceFault(f"copy to the device: {error}") from error
 
     def as_array(self, value: Any, argument: str) -> Any:
         if isinstance(value, self.xp.ndarray):
@@ -171,9 +183,12 @@ class CupyRuntime:
         if found is None:
             self.check_not_capturing()
             cubin = compiler.compile_kernel(source, defines, self.arch)
-            with self.active():
-                kernel = self.xp.RawModule(path=str(cubin.path)).get_function(entry)
-                found = CupyFunction(entry, kernel.kernel.ptr, kernel)
+            try:
+                with self.active():
+                    kernel = self.xp.RawModule(path=str(cubin.path)).get_function(entry)
+                    found = CupyFunction(entry, kernel.kernel.ptr, kernel)
+            except self._errors as error:
+                raise DeviceFault(f"{entry}: cannot be loaded: {error}") from error
             self._functions[key] = found
         return found
 
@@ -209,7 +224,7 @@ class CupyRuntime:
 
 
 def _bits(array: Any) -> Any:
-    """An array as unsigned integers, which CuPy moves without headers of its types."""
+    """An array as unsigned integers: what CuPy compiles to move these is little and serves all."""
     return array.view(f"u{array.itemsize}")
 
 
@@ -254,6 +269,19 @@ def _check_devices(cuda: Any) -> None:
         raise _unavailable(
             "there is a driver but no CUDA device",
             "nvidia-smi shows what the driver sees; CUDA_VISIBLE_DEVICES may hide devices",
+        )
+
+
+def _check_compiler(cuda: Any) -> None:
+    """Raises unless there is an NVRTC whose kernels the driver loads: of its major version at most.
+
+    What is compiled for a device runs on drivers of older minor versions too.
+    """
+    compiles, serves = nvrtc.load().version, cuda.runtime.driverGetVersion() // 1000
+    if compiles[0] > serves:
+        raise _unavailable(
+            f"the driver, for CUDA {serves}, loads no kernels of NVRTC {compiles[0]}.{compiles[1]}",
+            f"update it, or remove that NVRTC and install the one of CUDA {serves}",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -49,3 +50,9 @@ class _Slot:
     def __init__(self) -> None:
         self.array: NDArray[np.int32] = np.empty(0, np.int32)
         self.event: Any = None
+
+    def __del__(self) -> None:
+        """Of a thread that ends: others get the memory then, and a copy may still be to come."""
+        if self.event is not None:
+            with suppress(Exception):  # as where CuPy itself is gone
+                self.event.synchronize()

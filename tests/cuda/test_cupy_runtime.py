@@ -17,7 +17,7 @@ import pytest
 import kvcore
 from cuda_emulator.stand_in import DEVICE, STREAM, StandIn
 from kvcore import backend
-from kvcore_gpu import params
+from kvcore_gpu import nvrtc, params
 from kvcore_gpu.backend import CudaBackend
 from kvcore_gpu.launcher import Launcher
 from kvcore_gpu.scratch import Scratch
@@ -96,6 +96,14 @@ class TestAvailability:
         monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail)
         with pytest.raises(kvcore.BackendUnavailable, match=expected):
             CupyRuntime()
+
+    def test_a_compiler_that_is_newer_than_the_driver(self, stand_in, monkeypatch):
+        library = types.SimpleNamespace(version=(14, 2))
+        monkeypatch.setattr(nvrtc, "load", lambda: library)
+        with pytest.raises(kvcore.BackendUnavailable, match=r"CUDA 13, loads no .* NVRTC 14\.2: up"):
+            CupyRuntime()
+        library.version = (13, 9)  # of any minor version
+        CupyRuntime()
 
     def test_a_device_that_is_too_old(self, stand_in, monkeypatch):
         facts = {**stand_in._properties(0), "major": 7, "minor": 5}
@@ -221,6 +229,27 @@ class TestLaunches:
         assert one.function is two.function and one.params is not two.params
         assert [defines["D"] for _, defines in stand_in.compiled] == [64, 128]
 
+    def test_a_kernel_that_is_not_loaded(self, runtime, stand_in, monkeypatch):
+        def refuse(path):
+            raise cupy.cuda.runtime.CUDARuntimeError(209)
+
+        monkeypatch.setattr(cupy, "RawModule", refuse)
+        with pytest.raises(kvcore.DeviceFault, match=r"^merge: cannot be loaded: .*NoKernel"):
+            Launcher(runtime).kernel("merge.cu", "merge", params.MergeParams)
+
+    def test_an_error_that_memory_meets(self, runtime, stand_in, monkeypatch):
+        def fail(*_):
+            raise cupy.cuda.runtime.CUDARuntimeError(700)
+
+        for name, call in (
+            ("empty", lambda: runtime.empty((1,), np.float32)),
+            ("zeros", lambda: runtime.zeros((1,), np.float32)),
+            ("array", lambda: runtime.to_device(np.zeros(1))),
+        ):
+            monkeypatch.setattr(cupy, name, lambda *_, **__: fail())
+            with pytest.raises(kvcore.DeviceFault, match="Illegal"):
+                call()
+
     def test_an_error_of_the_driver(self, kernel, stand_in):
         stand_in.error = cupy.cuda.runtime.CUDARuntimeError(700)
         with pytest.raises(kvcore.DeviceFault, match=r"^merge: "):
@@ -248,6 +277,18 @@ class TestUploads:
             runtime.upload(staged, target)
             kept.append(staged)
         assert [array[0] for array in kept] == list(range(5))
+
+    def test_a_thread_that_ends_waits_for_its_copies(self, runtime, stand_in, monkeypatch):
+        waits = []
+        event = types.SimpleNamespace(
+            record=lambda stream: None, synchronize=lambda: waits.append(1)
+        )
+        monkeypatch.setattr(cupy.cuda, "Event", lambda **_: event)
+        target = stand_in.array((4,), np.int32)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: runtime.upload(runtime.stage(4), target)).result()
+            assert not waits
+        assert waits == [1]
 
     def test_a_capture_is_refused_what_it_cannot_hold(self, runtime, stand_in):
         launcher, scratch = Launcher(runtime), Scratch(runtime)

@@ -59,10 +59,15 @@ class Subject:
         cache = KVCache(spec, num_blocks, backend=self.backend)
         for layer, form in enumerate(spec.layers):
             k_blocks, v_blocks = cache.blocks(layer)
-            k_blocks.view(np.uint8)[...] = POISON
+            self._poison(k_blocks)
             if not form.v_in_k:
-                v_blocks.view(np.uint8)[...] = POISON
+                self._poison(v_blocks)
         return cache
+
+    def _poison(self, blocks: Any) -> None:
+        """Sets every bit, by a copy: to fill an array CuPy would compile a kernel."""
+        memory = blocks.view(np.uint8)
+        memory[...] = self.array(np.full(memory.shape, POISON, np.uint8))
 
     def array(self, host: NDArray[Any] | None) -> Any:
         """`host` as the backend takes it: NumPy's on the CPU, the device's own otherwise."""
