@@ -18,6 +18,7 @@ from kvcore_gpu.params import Params
 from kvcore_gpu.staging import Staging
 
 _OLDEST_ARCH = (8, 0)
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _WITHOUT_ASKING = 48 * 1024  # bytes of shared memory that every kernel may have
 
 
@@ -214,7 +215,21 @@ class CupyRuntime:
                 0,
             )
         except self._errors as error:
-            raise DeviceFault(f"{function.name}: {error}") from error
+            if error.status == _NO_CONTEXT and self._has_entered():
+                self.launch(function, grid, block, shared_bytes, params)
+            else:
+                raise DeviceFault(f"{function.name}: {error}") from error
+
+    def _has_entered(self) -> bool:
+        """Lets this thread launch where it has called nothing but the driver yet; False: it could.
+
+        Allocations and copies do the same on their way.
+        """
+        if self._own.has_entered:
+            return False
+        self._own.has_entered = True
+        self.xp.cuda.runtime.memGetInfo()
+        return True
 
     def synchronize(self) -> None:
         try:
@@ -233,6 +248,7 @@ class _OfThread(threading.local):
 
     def __init__(self, cuda: Any) -> None:
         self.staging = Staging(cuda)
+        self.has_entered = False
 
 
 def _import_cupy() -> Any:

@@ -100,7 +100,7 @@ class TestAvailability:
     def test_a_compiler_that_is_newer_than_the_driver(self, stand_in, monkeypatch):
         library = types.SimpleNamespace(version=(14, 2))
         monkeypatch.setattr(nvrtc, "load", lambda: library)
-        with pytest.raises(kvcore.BackendUnavailable, match=r"CUDA 13, loads no .* NVRTC 14\.2: up"):
+        with pytest.raises(kvcore.BackendUnavailable, match=r"13, loads no .* NVRTC 14\.2: up"):
             CupyRuntime()
         library.version = (13, 9)  # of any minor version
         CupyRuntime()
@@ -228,6 +228,23 @@ class TestLaunches:
         launcher.kernel("a.cu", "a", params.MergeParams, D=128, E=1)
         assert one.function is two.function and one.params is not two.params
         assert [defines["D"] for _, defines in stand_in.compiled] == [64, 128]
+
+    def test_a_thread_that_launches_first_of_all(self, kernel, stand_in, monkeypatch):
+        """The driver's calls have no context of their own, other than the runtime's."""
+        calls = []
+
+        def enter():
+            calls.append(1)
+            stand_in.error = None
+            return 1, 2
+
+        monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", enter)
+        stand_in.error = cupy.cuda.runtime.CUDARuntimeError(201)
+        kernel.launch((1, 1, 1), (32, 1, 1))
+        assert len(stand_in.launches) == 1 and calls == [1]
+        stand_in.error = cupy.cuda.runtime.CUDARuntimeError(201)
+        with pytest.raises(kvcore.DeviceFault, match=r"^merge: "):
+            kernel.launch((1, 1, 1), (32, 1, 1))
 
     def test_a_kernel_that_is_not_loaded(self, runtime, stand_in, monkeypatch):
         def refuse(path):
