@@ -5,24 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvcore import checks
-from kvcore.attend_options import (
-    AttendOptions,
-    check_sight,
-    packed_mask,
-    per_head,
-    token_positions,
-)
-from kvcore.backend import Plan, lies_on_device
-from kvcore.errors import InvalidType
-from kvcore_gpu import params
-from kvcore_gpu.arrays import check_out, dense, place, put_rows, rows_for, signature_of
+from kvcore.attend_options import AttendOptions, check_sight
+from kvcore.backend import Plan
+from kvcore_gpu import option_arrays, params
+from kvcore_gpu.arrays import check_out, place, put_rows, rows_for, signature_of
 from kvcore_gpu.attention import Attention, Launch, Shape
 from kvcore_gpu.blocks import DeviceBlocks
 from kvcore_gpu.launcher import Launcher
-from kvcore_gpu.runtime import Runtime
+from kvcore_gpu.option_arrays import OptionArrays
 from kvcore_gpu.scratch import Scratch
 
 _Q, _OUT = params.AttendParams.q.offset, params.AttendParams.out.offset
@@ -34,6 +25,7 @@ class AttendCall:
     Args:
         launcher: the device's kernels.
         scratch: memory for parts of results.
+        arrays: of options.
         k, v: the layer's blocks.
         v_in_k: whether V is the first elements of K.
         can_miss: whether a block that is looked at may be -1.
@@ -43,6 +35,7 @@ class AttendCall:
         self,
         launcher: Launcher,
         scratch: Scratch,
+        arrays: OptionArrays,
         k: DeviceBlocks,
         v: DeviceBlocks,
         v_in_k: bool,
@@ -50,11 +43,13 @@ class AttendCall:
     ) -> None:
         self._launcher = launcher
         self._scratch = scratch
+        self._arrays = arrays
         self._k, self._v = k, v
         self._v_in_k = v_in_k
         self._can_miss = can_miss
         self._signature: Any = None  # of the last call, if its queries were read in place
         self._out_like: Any = None  # shape and dtype
+        self._sent = option_arrays.NOTHING
         self._launches: list[Launch] = []
         self._attentions: dict[tuple[int, int, bool, bool], Attention] = {}
         self._params = params.AttendParams()
@@ -74,11 +69,11 @@ class AttendCall:
         signature = (
             (layout, plan.device, return_lse),
             (signature_of(runtime, q), signature_of(runtime, out)),
-            _scalars(options),
+            self._arrays.signature(plan, options),
         )
         kept = None
         if signature == self._signature and self._place(q, out):
-            self._check_sight(plan, options, None, None, None)
+            self._check_sight(plan, options)
             target: Any = out
             if out is None:
                 target = self._target(out)
@@ -160,80 +155,22 @@ class AttendCall:
         fill.softcap = options.softcap or 0.0
         fill.causal = bool(options.causal)
         fill.window = options.window or 0
-        kept: list[Any] = []
-        fill.alibi_slopes = self._floats(options.alibi_slopes, "alibi_slopes", num_heads, kept)
-        fill.sinks = self._floats(options.sinks, "sinks", num_heads, kept)
-        fill.positions = fill.mask = fill.mask_offsets = None
-        if options.positions is None and options.mask is None:
-            self._check_sight(plan, options, None, None, None)
-        else:
-            self._put_positions_and_mask(plan, options, kept)
-        return kept
+        arrays = self._arrays
+        fill.alibi_slopes, slopes = arrays.floats(options.alibi_slopes, "alibi_slopes", num_heads)
+        fill.sinks, sinks = arrays.floats(options.sinks, "sinks", num_heads)
+        self._sent = option_arrays.NOTHING
+        if options.positions is not None or options.mask is not None:
+            self._sent = arrays.send(plan, options, self._can_miss)
+        option_arrays.put(fill, self._sent)
+        self._check_sight(plan, options)
+        return [slopes, sinks, self._sent]
 
-    def _put_positions_and_mask(self, plan: Plan, options: AttendOptions, kept: list[Any]) -> None:
-        fill, runtime = self._params, self._launcher.runtime
-        positions = options.positions
-        on_device = lies_on_device(positions)
-        if on_device:
-            array = device_array(runtime, positions, "positions", np.int32)
-            checks.shape(array.shape, (plan.num_tokens,), "positions", "[T]")
-            fill.positions = runtime.address(array)
-            kept.append(array)
-            checked = runtime.to_host(array) if self._can_miss else None
-        host = None if on_device else token_positions(positions, plan.num_tokens)
-        mask, offsets = packed_mask(on_host(runtime, options.mask), plan)
-        self._check_sight(plan, options, checked if on_device else host, mask, offsets)
-        parts = [part for part in (offsets, host, mask) if part is not None]
-        if parts:
-            sent = send(runtime, parts)
-            kept.append(sent)
-            places = _places(runtime.address(sent), parts)
-            for name, part in (("mask_offsets", offsets), ("positions", host), ("mask", mask)):
-                if part is not None:
-                    setattr(fill, name, next(places))
-
-    def _check_sight(
-        self,
-        plan: Plan,
-        options: AttendOptions,
-        positions: NDArray[np.int32] | None,
-        mask: NDArray[np.uint8] | None,
-        mask_offsets: NDArray[np.int64] | None,
-    ) -> None:
+    def _check_sight(self, plan: Plan, options: AttendOptions) -> None:
         """Raises TokensReleased where a token sees a block that is not there any more."""
         if self._can_miss:
-            num_blocks = int(self._k.struct.num_blocks)
-            check_sight(plan, num_blocks, options, positions, mask, mask_offsets)
-
-    def _floats(
-        self, value: Any | None, argument: str, num_heads: int, kept: list[Any]
-    ) -> int | None:
-        """The address of one float32 for each query head."""
-        if value is None:
-            return None
-        runtime = self._launcher.runtime
-        if lies_on_device(value):
-            array = device_array(runtime, value, argument, np.float32)
-            checks.shape(array.shape, (num_heads,), argument, "[Hq]")
-            kept.append(array)
-            return runtime.address(array)
-        floats = per_head(value, argument, num_heads)
-        assert floats is not None
-        return self._launcher.constant(floats)
-
-
-def _scalars(options: AttendOptions) -> Any:
-    """The options, where all are plain numbers; else an object that is equal to no other."""
-    if (
-        options.alibi_slopes is None
-        and options.sinks is None
-        and options.positions is None
-        and options.mask is None
-    ):
-        return (
-            options.scale, options.softcap, options.causal, options.window, options.exact,
-        )  # fmt: skip
-    return object()
+            sent = self._sent
+            looked = sent.positions, sent.mask, sent.mask_offsets
+            check_sight(plan, int(self._k.struct.num_blocks), options, *looked)
 
 
 def has_options(options: AttendOptions) -> bool:
@@ -246,43 +183,3 @@ def has_options(options: AttendOptions) -> bool:
         or options.window is not None
         or options.positions is not None
     )
-
-
-def device_array(runtime: Runtime, value: Any, argument: str, dtype: Any) -> Any:
-    """A caller's dense array of the device; its values cannot be looked at without waiting."""
-    array = runtime.as_array(value, argument)
-    if array.dtype != dtype:
-        raise InvalidType(f"{argument}: expected {np.dtype(dtype).name}, got {array.dtype.name}")
-    return dense(runtime, array)
-
-
-def on_host(runtime: Runtime, mask: Any) -> Any:
-    """A list of masks with those on the device copied to the host."""
-    if mask is None or isinstance(mask, np.ndarray):
-        return mask
-    return [runtime.to_host(entry) if lies_on_device(entry) else entry for entry in mask]
-
-
-def send(runtime: Runtime, parts: list[NDArray[Any]]) -> Any:
-    """Host arrays in one copy, each from a multiple of 8 bytes on."""
-    sizes = [_padded(part.nbytes) for part in parts]
-    staged = runtime.stage(sum(sizes) // 4)
-    at = 0
-    memory = staged.view(np.uint8)
-    for part, size in zip(parts, sizes, strict=True):
-        memory[at : at + part.nbytes] = part.reshape(-1).view(np.uint8)
-        at += size
-    target = runtime.empty(staged.shape, np.int32)
-    runtime.upload(staged, target)
-    return target
-
-
-def _places(address: int, parts: list[NDArray[Any]]) -> Any:
-    """Where `send` has put each."""
-    for part in parts:
-        yield address
-        address += _padded(part.nbytes)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // 8) * 8

@@ -17,6 +17,7 @@ from kvcore_gpu.arrays import ALIGNMENT, dense, is_readable
 from kvcore_gpu.attend_call import AttendCall
 from kvcore_gpu.blocks import DeviceBlocks
 from kvcore_gpu.launcher import Launcher
+from kvcore_gpu.option_arrays import OptionArrays
 from kvcore_gpu.plans import PlanBuffer
 from kvcore_gpu.runtime import Runtime
 from kvcore_gpu.scratch import Scratch
@@ -201,7 +202,8 @@ def _attend(
     out: Any | None,
 ) -> Any:
     buffer = _upload(launcher.runtime, plan)
-    call = AttendCall(launcher, Scratch(launcher.runtime), k, v, False, can_miss=True)
+    scratch, arrays = Scratch(launcher.runtime), OptionArrays(launcher)
+    call = AttendCall(launcher, scratch, arrays, k, v, False, can_miss=True)
     result = call.run(plan, q, layout, options, return_lse, out)
     del buffer
     return result

@@ -16,6 +16,7 @@ from kvcore_gpu.append_call import AppendCall
 from kvcore_gpu.attend_call import AttendCall
 from kvcore_gpu.blocks import DeviceBlocks
 from kvcore_gpu.launcher import Launcher
+from kvcore_gpu.option_arrays import OptionArrays
 from kvcore_gpu.plans import PlanBuffers
 from kvcore_gpu.scratch import Scratch
 
@@ -34,6 +35,7 @@ class CudaStorage:
         nbytes: bytes of all K and V.
         plans: where plans of steps go.
         scratch: what launches share.
+        option_arrays: what attend is given beside q.
         not_finite: int32 [1], not 0 once a quantized layer was given a NaN or an infinity.
         lock: held by the call that uses any of this.
         fault: what the device reported, which ends the cache's use; None: nothing.
@@ -57,6 +59,7 @@ class CudaStorage:
         self.can_release = [spec.groups[layer.group].retention is not None for layer in spec.layers]
         self.plans = PlanBuffers(launcher.runtime)
         self.scratch = Scratch(launcher.runtime)
+        self.option_arrays = OptionArrays(launcher)
         self.not_finite = launcher.runtime.zeros((1,), np.int32)
         self._append_calls: dict[int, AppendCall] = {}
         self._attend_calls: dict[int, AttendCall] = {}
@@ -79,6 +82,7 @@ class CudaStorage:
             call = AttendCall(
                 self.launcher,
                 self.scratch,
+                self.option_arrays,
                 k,
                 v,
                 bool(self.v_in_k[layer]),
