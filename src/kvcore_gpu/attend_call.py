@@ -128,7 +128,8 @@ class AttendCall:
 
     def _attention_for(self, fill: params.AttendParams, options: AttendOptions) -> Attention:
         """The kernels for these queries and options, compiled when first asked for."""
-        key = (fill.group, fill.q.dtype, has_options(options), bool(options.exact))
+        has_more = has_options(options) or not fill.scale > 0
+        key = (fill.group, fill.q.dtype, has_more, bool(options.exact))
         found = self._attentions.get(key)
         if found is None:
             k, v = self._k, self._v
@@ -142,7 +143,7 @@ class AttendCall:
                 fill.group,
                 k.block_size,
                 fill.q.dtype,
-                has_options(options),
+                has_more,
                 bool(options.exact),
             )
             found = self._attentions[key] = Attention(self._launcher.runtime, shape)

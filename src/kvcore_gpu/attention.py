@@ -39,7 +39,8 @@ class Shape:
         num_kv_heads, group: KV heads, and query heads of each.
         block_size: token slots of a block.
         q_dtype: 0 float32, 1 float16, 2 bfloat16.
-        options: whether a mask, positions, slopes, a window, a soft cap or no causality is given.
+        options: whether a mask, positions, slopes, a window, a soft cap, no causality, or a scale
+            that is not above 0 is given.
         exact: bits are not to depend on how a prompt was chunked.
     """
 

@@ -71,9 +71,11 @@ class Prefill:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        scalars = 4 * (2 * self.rows + 2 * self.keys)
+        scalars = 4 * (2 * self.rows + 2 * self.keys) + 4 * (40 + 6 * self.threads // 32)
         query = self.query_parts * _tile_bytes(self.head_dim, self.rows)
-        return scalars + query + max(self._pass_bytes(encoded) for encoded in (True, False))
+        tiles = query + max(self._pass_bytes(encoded) for encoded in (True, False))
+        sums = 4 * self.rows * _padded(self.head_dim_v)
+        return scalars + max(tiles, sums)
 
     def _pass_bytes(self, encoded: bool) -> int:
         """A ring of two stages of K and V, and what encoded ones are expanded into."""
@@ -104,7 +106,12 @@ class Prefill:
         return num_rows // self.rows + min(num_sequences, num_rows // (few_rows + 1))
 
 
+def _padded(head_dim: int) -> int:
+    """Elements in whole steps of a product."""
+    return (head_dim + 15) // 16 * 16
+
+
 def _tile_bytes(head_dim: int, rows: int) -> int:
     """Rows of 16-bit numbers in shared memory, as kernels/tiles.cuh places them."""
-    chunks = (head_dim + 15) // 16 * 2
+    chunks = _padded(head_dim) // 8
     return 16 * rows * (chunks if chunks % 8 == 0 else chunks | 1)

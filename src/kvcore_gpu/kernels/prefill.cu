@@ -8,17 +8,18 @@
  * The floor is the rate of mma.sync, 4 head_dim products and sums for a row and key, which on Hopper
  * is less than two thirds of what wgmma has. Beside it, for 32 rows of a warp, 64 keys and head_dim
  * 128 (256 mma): 40 KiB of fragments are read from shared memory, about three quarters of the time
- * that the mma take; some 900 instructions are issued, half of that time; 2048 exponentials, a third.
- * Two blocks share a multiprocessor, so that one's softmax runs beside the other's products. Rows of
- * the query heads of a KV head lie together: 32 tokens of 4 heads read a key once, and causality
- * halves the work but for two tiles.
+ * that the mma take; some 900 other instructions are issued, half of that time; 2048 exponentials, a
+ * third. Two blocks share a multiprocessor, so that one's softmax runs beside the other's products.
+ * Rows of the query heads of a KV head lie together: 32 tokens of 4 heads read a key once, and
+ * causality halves the work but for two tiles.
  *
  * Quantized rows are expanded once for all rows of a block (prefill_expand.cuh), which costs about a
- * tenth of a tile's products with 128 rows; what is left of their transforms is done once, on o.
+ * tenth of a tile's products with 128 rows; what is left of their transforms is done once, on o. What
+ * is rare is a loop: every pair of formats is a kernel of its own, to be compiled.
  */
 #include "prefill_expand.cuh"
-#include "prefill_query.cuh"
-#include "prefill_tile.cuh"
+#include "prefill_not_finite.cuh"
+#include "prefill_rows.cuh"
 
 /* The sequence and its tile of ROWS rows that block `index` of the grid takes; -1: none is left.
  * Sequences with few rows have no tiles. The last ones see most and come first. */
@@ -46,26 +47,16 @@ KV_DEVICE s32 find_tile(const AttendParams &p, s32 index, s32 &sequence) {
     return -1;
 }
 
-/* The rows that a block takes of a KV head. */
-struct Place {
-    Sequence seq;
-    s32 first_row; /* of the sequence's */
-};
-
-KV_DEVICE bool find_place(const AttendParams &p, Place &place) {
+/* By the first warp; the caller waits. */
+KV_DEVICE void find_place(const AttendParams &p, Place &place) {
     s32 sequence = 0;
-    const s32 tile = find_tile(p, opaque(blockIdx.x), sequence);
-    if (tile < 0)
-        return false;
-    place.seq = sequence_of(p, sequence);
-    place.first_row = ROWS * tile;
-    return true;
+    const s32 tile = find_tile(p, blockIdx.x, sequence);
+    if (lane_id() == 0) {
+        place.first_row = ROWS * tile;
+        if (tile >= 0)
+            place.seq = sequence_of(p, sequence);
+    }
 }
-
-/* Tiles of keys that a pass visits: the first, for the head, and those from `first` to `last`. */
-struct Tiles {
-    s32 head, first, last;
-};
 
 KV_DEVICE Tiles tiles_of(const Wanted &wanted) {
     Tiles tiles;
@@ -75,13 +66,21 @@ KV_DEVICE Tiles tiles_of(const Wanted &wanted) {
     return tiles;
 }
 
-/* The keys that pass RAW reads for some row of the block. */
-template <bool RAW> KV_DEVICE Wanted wanted_by(const AttendParams &p, const Place &place) {
+/* The tokens of the block's rows. */
+KV_DEVICE s32 first_token_of(const AttendParams &p, const Place &place) {
+    return (u32)place.first_row / (u32)p.group;
+}
+KV_DEVICE s32 last_token_of(const AttendParams &p, const Place &place) {
+    const s32 end = min(place.first_row + ROWS, num_rows_of(p, place.seq));
+    return (u32)(end - 1) / (u32)p.group;
+}
+
+/* The keys that a pass reads for some row of the block. */
+KV_DEVICE Wanted wanted_by(const AttendParams &p, const Place &place, bool raw) {
     const Sequence &seq = place.seq;
-    const s32 last_row = min(place.first_row + ROWS, seq.num_new * p.group) - 1;
-    const JointSight joint = joint_sight(p, seq, place.first_row / p.group, last_row / p.group);
+    const JointSight joint = joint_sight(p, seq, first_token_of(p, place), last_token_of(p, place));
     Wanted wanted = {0, joint.begin, joint.end};
-    if (RAW) {
+    if (QUANTIZED && raw) {
         wanted.head = joint.begin < seq.raw_first ? min(seq.raw_first, joint.end) : 0;
         wanted.begin = max(joint.begin, joint.raw_begin);
     } else if (QUANTIZED && seq.has_raw) {
@@ -91,142 +90,111 @@ template <bool RAW> KV_DEVICE Wanted wanted_by(const AttendParams &p, const Plac
     return wanted;
 }
 
-/* Whether all rows of the block see all keys of the tile: as its first and its last token do, unless
- * options have a say. */
-template <bool RAW>
-KV_DEVICE bool block_takes_all(const AttendParams &p, const Place &place, s32 first) {
-    if (OPTIONS)
-        return false;
-    const Sequence &seq = place.seq;
-    const s32 last_row = min(place.first_row + ROWS, seq.num_new * p.group) - 1;
-    return takes_all<RAW>(p, seq, sight_of(p, seq, place.first_row / p.group), first) &&
-           takes_all<RAW>(p, seq, sight_of(p, seq, last_row / p.group), first);
+/* From which key on some row of the block does not take what others do; 0 with options. What the first
+ * token of a block takes without them, all others take. */
+KV_DEVICE s32 end_of_shared(const AttendParams &p, const Place &place, bool raw) {
+    if (OPTIONS || raw)
+        return 0;
+    const Sight sight = sight_of(p, place.seq, first_token_of(p, place));
+    return taken_by(place.seq, sight, raw).end;
 }
 
-/* Keeps values that are not finite from rows that do not see them. */
-template <bool RAW>
-KV_DEVICE void part_not_finite(const AttendParams &p, const Place &place, const Shared &shared,
-                               s32 stage, s32 first, const WarpTokens &tokens, WarpState &state) {
-    u8 *values = v_tile<RAW>(shared, stage);
-    if (block_takes_all<RAW>(p, place, first) || !has_not_finite(values))
-        return;
-    if (tokens.first <= tokens.last)
-        add_not_finite<RAW>(p, place.seq, place.first_row, state, values, first);
-    sync_threads();
-    clear_not_finite(values);
+/* What the pass is to do, for all threads to read. */
+KV_DEVICE void plan_pass(const AttendParams &p, const Place &place, Pass &pass, bool raw) {
+    if (threadIdx.x == 0) {
+        pass.wanted = wanted_by(p, place, raw);
+        pass.tiles = tiles_of(pass.wanted);
+        pass.count = pass.tiles.head + pass.tiles.last - pass.tiles.first;
+        pass.shared_end = end_of_shared(p, place, raw);
+    }
+    const WarpSight sight = look(p, place, raw);
+    if (lane_id() == 0) {
+        pass.sights[warp_id()] = sight;
+        pass.not_finite[0][warp_id()] = pass.not_finite[1][warp_id()] = -1;
+    }
     sync_threads();
 }
 
-template <bool RAW>
+/* The copies of tile i, which the loop has at i - 1, and the look into the tables for the next. */
+KV_DEVICE void prepare_tile(const AttendParams &p, const Place &place, const Shared &shared, s32 i,
+                            bool raw) {
+    Pass &pass = *shared.pass;
+    if (i >= 0 && i < pass.count)
+        load_tile(p, shared, i & 1, blockIdx.y, first_key(pass.tiles, i), raw);
+    if (i + 1 < pass.count)
+        look_up(p, place.seq, pass, i + 1 & 1, first_key(pass.tiles, i + 1), raw);
+    cp_async_commit();
+}
+
+/* Whether some warp has noted values that are not finite in tile i. */
+KV_DEVICE bool is_noted(const Pass &pass, s32 i) {
+    return any(lane_id() < WARPS && pass.not_finite[i & 1][lane_id() % WARPS] == i);
+}
+
 KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shared &shared,
-                           WarpState &state) {
-    const Sequence &seq = place.seq;
-    const s32 head = blockIdx.y;
-    const Wanted wanted = wanted_by<RAW>(p, place);
-    const Source k = {p.k, p.plan, seq, head}, v = {p.v, p.plan, seq, head};
-    const Tiles tiles = tiles_of(wanted);
-    const s32 count = tiles.head + tiles.last - tiles.first;
-    if (count == 0)
+                           bool raw, WarpState &state) {
+    Pass &pass = *shared.pass;
+    plan_pass(p, place, pass, raw);
+    if (pass.count == 0)
         return;
-    const auto first_key = [&](s32 i) {
-        return KEYS * (i < tiles.head ? 0 : tiles.first + i - tiles.head);
-    };
-    sync_threads(); /* the pass before is done with what this one loads over */
-    load_tile<RAW>(shared, 0, k, v, first_key(0), wanted);
-    load_query<RAW>(p, seq, head, place.first_row, shared);
-    const WarpTokens tokens = tokens_of_warp(p, seq, place.first_row);
+    prepare_tile(p, place, shared, -1, raw);
 #pragma unroll 1
-    for (s32 i = 0; i < count; i++) {
-        const s32 stage = i & 1;
+    for (s32 i = -1; i < pass.count; i++) {
+        const s32 stage = i & 1, first = first_key(pass.tiles, i);
+        u8 *const values = v_tile(shared, raw, stage);
+        /* Rows of values as they are, some of which a row does not take. */
+        const bool parted = (!V_QUANTIZED || raw) && i >= 0 && first + KEYS > pass.shared_end;
         cp_async_wait<0>();
+        if (parted && has_copied_not_finite(values) && lane_id() == 0)
+            pass.not_finite[stage][warp_id()] = i;
         sync_threads(); /* this stage is there, and nobody reads the other any more */
-        if (i + 1 < count)
-            load_tile<RAW>(shared, stage ^ 1, k, v, first_key(i + 1), wanted);
-        if constexpr (K_ENCODED<RAW> || V_ENCODED<RAW>) {
-            expand_tile(shared, stage, first_key(i), wanted);
+        prepare_tile(p, place, shared, i + 1, raw);
+        if (i < 0) {
+            load_query(p, place, blockIdx.y, shared, raw);
+            if (QUANTIZED && raw && threadIdx.x < KEYS)
+                shared.key_scales[threadIdx.x] = shared.value_scales[threadIdx.x] = 1.0f;
+            continue;
+        }
+        if (QUANTIZED && !raw) {
+            expand_tile(shared, stage, first, range_of(pass.wanted, first));
             sync_threads();
         }
-        if constexpr (!V_ENCODED<RAW>)
-            part_not_finite<RAW>(p, place, shared, stage, first_key(i), tokens, state);
-        if (tokens.first <= tokens.last)
-            attend_tile<RAW>(p, seq, place.first_row, tokens, shared, k_tile<RAW>(shared, stage),
-                             v_tile<RAW>(shared, stage), first_key(i), state);
+        const WarpSight sight = pass.sights[warp_id()];
+        if (parted && is_noted(pass, i))
+            part_not_finite(p, place, raw, sight.end > 0, values, first, state);
+        if (sight.begin < first + KEYS && first < sight.end)
+            attend_tile(p, place, shared, raw,
+                        first < sight.every_begin || first + KEYS > sight.every_end,
+                        k_tile(shared, raw, stage), values, first, state);
     }
 }
 
-/* Of encoded values: o was summed over levels. */
-KV_DEVICE void undo_transform(const AttendParams &p, WarpState &state) {
-    const s32 head = blockIdx.y, pair = 2 * (lane_id() & 3);
-#pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++) {
-        if constexpr (IS_ROTATED<V_FORMAT>)
-            rotate_back<HEAD_DIM_V>(state.o[t]);
-        if constexpr (V_FORMAT == KV_FORMAT_INT8_STATIC)
-#pragma unroll
-            for (s32 n = 0; n < HEAD_DIM_V / 8; n++)
-#pragma unroll
-                for (s32 i = 0; i < 4; i++)
-                    state.o[t][n][i] *= p.v.scales[head * HEAD_DIM_V + 8 * n + pair + (i & 1)];
-    }
-}
-
-KV_DEVICE void store_pair(const Rows &out, s64 at, float a, float b) {
-    if (out.dtype == 0) {
-        float *to = static_cast<float *>(out.data) + at;
-        *reinterpret_cast<float2 *>(to) = float2{a, b};
-    } else {
-        u16 *to = static_cast<u16 *>(out.data) + at;
-        *reinterpret_cast<u32 *>(to) = out.dtype == 1 ? pack_f16(a, b) : pack_bf16(a, b);
-    }
-}
-
-KV_DEVICE void store_rows(const AttendParams &p, const Place &place, const WarpState &state) {
-    const Sequence &seq = place.seq;
-    const s32 head = opaque(blockIdx.y), pair = 2 * (lane_id() & 3);
-#pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-        for (s32 half = 0; half < 2; half++) {
-            State total = {state.m[t][half], sum_of_quad(state.l[t][half])};
-            const s32 row = place.first_row + row_of_lane(t, half);
-            if (row >= seq.num_new * p.group)
-                continue;
-            const s32 query_head = head * p.group + row % p.group;
-            float keep = 1.0f;
-            if (p.sinks) {
-                float take;
-                merge_state(total, {p.sinks[query_head] * LOG2E, 1.0f}, keep, take);
-            }
-            keep = total.l == 0.0f ? 0.0f : keep / total.l;
-            const s64 at = offset_of_row(p.out, p, seq, head, row);
-#pragma unroll
-            for (s32 n = 0; n < HEAD_DIM_V / 8; n++)
-                store_pair(p.out, at + 8 * n + pair, keep * state.o[t][n][2 * half],
-                           keep * state.o[t][n][2 * half + 1]);
-            if (p.lse && (lane_id() & 3) == 0)
-                p.lse[(s64)(seq.first_token + row / p.group) * p.q.num_heads + query_head] =
-                    natural_lse(total);
-        }
-}
-
-/* Registers are short within a pass: what can be found again is found again after it. */
 KV_KERNEL(prefill, AttendParams, THREADS, ROW_TILES) {
     KV_DYNAMIC_SHARED(u8, bytes);
     const Shared shared = cut_shared(bytes);
-    Place place;
-    if (!find_place(p, place))
+    Place &place = shared.pass->place;
+    if (warp_id() == 0)
+        find_place(p, place);
+    sync_threads();
+    if (place.first_row < 0)
         return;
     WarpState state = {};
 #pragma unroll
     for (s32 t = 0; t < ROW_TILES; t++)
         state.m[t][0] = state.m[t][1] = MINUS_INFINITY;
-    attend_pass<false>(p, place, shared, state);
-    if constexpr (QUANTIZED) {
-        undo_transform(p, state);
-        find_place(p, place);
-        if (place.seq.has_raw)
-            attend_pass<true>(p, place, shared, state);
+    bool raw = false;
+#pragma unroll 1
+    for (;;) {
+        attend_pass(p, place, shared, raw, state);
+        sync_threads(); /* nobody reads a tile any more */
+        put_rows(shared, state);
+        if (!QUANTIZED || raw)
+            break;
+        undo_transform_of_rows(p, shared, blockIdx.y);
+        if (!place.seq.has_raw)
+            break;
+        get_sums(shared, state);
+        raw = true;
     }
-    find_place(p, place);
-    store_rows(p, place, state);
+    store_rows(p, place, shared, blockIdx.y);
 }

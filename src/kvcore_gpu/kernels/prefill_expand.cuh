@@ -57,14 +57,14 @@ KV_DEVICE void make_key_scales(const Shared &shared, const u8 *stage) {
 
 /* What weights are to be multiplied with: 0 for a value that nobody wants, whose scale may be a NaN. */
 KV_DEVICE void make_value_scales(const Shared &shared, const u8 *stage, s32 first,
-                                 const Wanted &wanted) {
+                                 const Range &range) {
     const s32 token = threadIdx.x;
     if (token >= KEYS)
         return;
     float scale = 1.0f;
     if constexpr (!HAS_MINIMUM<V_FORMAT> && METADATA_BYTES<V_FORMAT, HEAD_DIM_V> > 0)
         scale = bf16_to_f32(metadata_of<V_FORMAT, HEAD_DIM_V>(stage)[token]);
-    shared.value_scales[token] = wants(wanted, first + token) ? scale : 0.0f;
+    shared.value_scales[token] = holds(range, first + token) ? scale : 0.0f;
 }
 
 /* Elements d to d + 3 of a row of the tile. */
@@ -88,7 +88,7 @@ KV_DEVICE void decode_four(u32 (&pairs)[2], const u16 *minima, s32 count, const 
 /* Row formats. A value that nobody wants becomes zeros, as its minimum may be a NaN. */
 template <s32 FORMAT, s32 DIM, bool IS_BF16>
 KV_DEVICE void expand_row_codes(u8 *tile, const u8 *stage, const float *scales, s32 first,
-                                const Wanted &wanted) {
+                                const Range &range) {
     using Float = typename FloatType<IS_BF16>::Type;
     constexpr s32 chunks = DIM / CHUNK<FORMAT>, items = KEYS * chunks * 4;
 #pragma unroll 1
@@ -105,7 +105,7 @@ KV_DEVICE void expand_row_codes(u8 *tile, const u8 *stage, const float *scales, 
                 decode_four<IS_BF16>(pairs[k], minima_of<FORMAT, DIM>(stage, token),
                                      NUM_MINIMA<FORMAT, DIM>, at,
                                      IS_BF16 ? 1.0f : 1.0f / scales[token]);
-                if (!wants(wanted, first + token))
+                if (!holds(range, first + token))
                     pairs[k][0] = pairs[k][1] = 0;
             }
             store_four<ROW_CHUNKS<DIM>>(tile, token, d, pairs[k][0], pairs[k][1]);
@@ -137,22 +137,22 @@ KV_DEVICE void expand_channel_codes(u8 *tile, const u8 *stage, const float *scal
 }
 
 /* The stage's codes into k_tile and v_tile; the caller waits before and after. */
-KV_DEVICE void expand_tile(const Shared &shared, s32 stage, s32 first, const Wanted &wanted) {
-    const u8 *k = k_stage<false>(shared, stage), *v = v_stage<false>(shared, stage);
+KV_DEVICE void expand_tile(const Shared &shared, s32 stage, s32 first, const Range &range) {
+    const u8 *k = k_stage(shared, false, stage), *v = v_stage(shared, false, stage);
     if constexpr (K_QUANTIZED) {
         make_key_scales(shared, k);
         if constexpr (HAS_MINIMUM<K_FORMAT>)
             sync_threads();
         if constexpr (IS_CHANNEL<K_FORMAT>)
-            expand_channel_codes<K_FORMAT, HEAD_DIM>(k_tile<false>(shared, stage), k,
+            expand_channel_codes<K_FORMAT, HEAD_DIM>(k_tile(shared, false, stage), k,
                                                      shared.key_scales);
         else
-            expand_row_codes<K_FORMAT, HEAD_DIM, false>(k_tile<false>(shared, stage), k,
-                                                        shared.key_scales, first, wanted);
+            expand_row_codes<K_FORMAT, HEAD_DIM, false>(k_tile(shared, false, stage), k,
+                                                        shared.key_scales, first, range);
     }
     if constexpr (V_QUANTIZED) {
-        make_value_scales(shared, v, first, wanted);
-        expand_row_codes<V_FORMAT, HEAD_DIM_V, true>(v_tile<false>(shared, stage), v,
-                                                     shared.value_scales, first, wanted);
+        make_value_scales(shared, v, first, range);
+        expand_row_codes<V_FORMAT, HEAD_DIM_V, true>(v_tile(shared, false, stage), v,
+                                                     shared.value_scales, first, range);
     }
 }

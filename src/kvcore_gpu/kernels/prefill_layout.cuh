@@ -5,8 +5,8 @@
  *                 two numbers of that type
  *   SHARED_BYTES  what the host reckons (kvcore_gpu/prefill.py), which must be the same
  *
- * A quantized cache is read in two passes over the keys, encoded ones and raw ones. Whatever has
- * RAW is of the second; without quantized formats there is the first only.
+ * A quantized cache is read in two passes over the keys, encoded ones and raw ones, by the same code
+ * with `raw` false and true; without quantized formats there is the first only.
  */
 #pragma once
 #include "formats.cuh"
@@ -54,8 +54,8 @@ template <s32 FORMAT, s32 DIM>
 constexpr s32 CODE_TILE_BYTES = KEYS * (CODE_BYTES<FORMAT, DIM> + METADATA_BYTES<FORMAT, DIM>);
 constexpr s32 K_TILE_BYTES = TILE_BYTES<K_CHUNKS, KEYS>, V_TILE_BYTES = TILE_BYTES<V_CHUNKS, KEYS>;
 
-/* A stage of the ring holds K and then V as they are stored; encoded ones have a tile beside it
- * that their codes are expanded into. */
+/* A stage of the ring holds K and then V as they are stored; encoded ones have a tile behind the
+ * ring that their codes are expanded into. */
 template <bool RAW>
 constexpr s32 K_STAGE_BYTES = K_ENCODED<RAW> ? CODE_TILE_BYTES<K_FORMAT, HEAD_DIM> : K_TILE_BYTES;
 template <bool RAW>
@@ -66,42 +66,89 @@ constexpr s32 PASS_BYTES = 2 * STAGE_BYTES<RAW> + (K_ENCODED<RAW> ? K_TILE_BYTES
                            (V_ENCODED<RAW> ? V_TILE_BYTES : 0);
 constexpr s32 QUERY_PART_BYTES = TILE_BYTES<K_CHUNKS, ROWS>;
 constexpr s32 QUERY_BYTES = QUERY_PARTS * QUERY_PART_BYTES;
-/* Floats: a row's power of two and q . bias, a key's and a value's scale. */
+/* Floats: a row's factor and bias, or m and l; a key's and a value's scale. */
 constexpr s32 SCALAR_BYTES = 4 * (2 * ROWS + 2 * KEYS);
+/* What stays the same for a block or a pass, or comes with a tile: registers are short. */
+constexpr s32 RUNS = KEYS / RUN;
+constexpr s32 PASS_WORDS = 40 + 6 * WARPS;
 constexpr s32 LARGEST_PASS =
     PASS_BYTES<false> > PASS_BYTES<QUANTIZED> ? PASS_BYTES<false> : PASS_BYTES<QUANTIZED>;
-static_assert(SHARED_BYTES == SCALAR_BYTES + QUERY_BYTES + LARGEST_PASS,
+/* Between passes and after them sums lie where queries and tiles were. */
+constexpr s32 SUMS_PITCH = 8 * V_CHUNKS; /* floats */
+constexpr s32 SUMS_BYTES = 4 * ROWS * SUMS_PITCH;
+static_assert(SHARED_BYTES == 4 * PASS_WORDS + SCALAR_BYTES +
+                                  (QUERY_BYTES + LARGEST_PASS > SUMS_BYTES
+                                       ? QUERY_BYTES + LARGEST_PASS
+                                       : SUMS_BYTES),
               "the host reckons otherwise");
 
+/* The keys that a pass reads for some row: [0, head) and [begin, end). */
+struct Wanted {
+    s32 head, begin, end;
+};
+
+/* Tiles of keys that a pass visits: the first, for the head, and those from `first` to `last`. */
+struct Tiles {
+    s32 head, first, last;
+};
+
+/* Keys that some row of a warp takes lie in [begin, end); all rows take those of [every_begin,
+ * every_end). */
+struct WarpSight {
+    s32 begin, end, every_begin, every_end;
+};
+
+/* The rows that a block takes of a KV head: (new token, query head) pairs, those of a token side by
+ * side. */
+struct Place {
+    Sequence seq;
+    s32 first_row; /* of the sequence's; below 0: the block has none */
+};
+
+struct Pass {
+    Place place;
+    Wanted wanted;
+    Tiles tiles;
+    s32 count;                /* of tiles */
+    s32 shared_end;           /* keys before it are taken by all rows of the block that want them */
+    s32 blocks[2][2][4];      /* of a stage's RUNS: their blocks, and their raw blocks */
+    s32 not_finite[2][WARPS]; /* the tile in which a warp last found a value that is not */
+    WarpSight sights[WARPS];
+};
+static_assert(sizeof(Pass) <= 4 * PASS_WORDS && RUNS <= 4, "the host reckons otherwise");
+
 struct Shared {
+    Pass *pass;
     float *row_factors, *row_biases;  /* [ROWS] */
     float *key_scales, *value_scales; /* [KEYS] */
     u8 *query;                        /* [QUERY_PARTS][ROWS] rows */
-    u8 *pass;
+    u8 *ring;
 };
 
 KV_DEVICE Shared cut_shared(u8 *bytes) {
     Shared shared;
-    shared.row_factors = reinterpret_cast<float *>(bytes);
+    shared.pass = reinterpret_cast<Pass *>(bytes);
+    shared.row_factors = reinterpret_cast<float *>(bytes + 4 * PASS_WORDS);
     shared.row_biases = shared.row_factors + ROWS;
     shared.key_scales = shared.row_biases + ROWS;
     shared.value_scales = shared.key_scales + KEYS;
-    shared.query = bytes + SCALAR_BYTES;
-    shared.pass = shared.query + QUERY_BYTES;
+    shared.query = bytes + 4 * PASS_WORDS + SCALAR_BYTES;
+    shared.ring = shared.query + QUERY_BYTES;
     return shared;
 }
 
 /* K's and V's part of a stage, and the tiles that products read. */
-template <bool RAW> KV_DEVICE u8 *k_stage(const Shared &shared, s32 stage) {
-    return shared.pass + stage * STAGE_BYTES<RAW>;
+KV_DEVICE u8 *k_stage(const Shared &shared, bool raw, s32 stage) {
+    return shared.ring + stage * (raw ? STAGE_BYTES<true> : STAGE_BYTES<false>);
 }
-template <bool RAW> KV_DEVICE u8 *v_stage(const Shared &shared, s32 stage) {
-    return k_stage<RAW>(shared, stage) + K_STAGE_BYTES<RAW>;
+KV_DEVICE u8 *v_stage(const Shared &shared, bool raw, s32 stage) {
+    return k_stage(shared, raw, stage) + (raw ? K_STAGE_BYTES<true> : K_STAGE_BYTES<false>);
 }
-template <bool RAW> KV_DEVICE u8 *k_tile(const Shared &shared, s32 stage) {
-    return K_ENCODED<RAW> ? shared.pass + 2 * STAGE_BYTES<RAW> : k_stage<RAW>(shared, stage);
+KV_DEVICE u8 *k_tile(const Shared &shared, bool raw, s32 stage) {
+    return K_QUANTIZED && !raw ? shared.ring + 2 * STAGE_BYTES<false> : k_stage(shared, raw, stage);
 }
-template <bool RAW> KV_DEVICE u8 *v_tile(const Shared &shared, s32 stage) {
-    return V_ENCODED<RAW> ? shared.pass + 2 * STAGE_BYTES<RAW> + (K_ENCODED<RAW> ? K_TILE_BYTES : 0)
-                          : v_stage<RAW>(shared, stage);
+KV_DEVICE u8 *v_tile(const Shared &shared, bool raw, s32 stage) {
+    return V_QUANTIZED && !raw
+               ? shared.ring + 2 * STAGE_BYTES<false> + (K_QUANTIZED ? K_TILE_BYTES : 0)
+               : v_stage(shared, raw, stage);
 }

@@ -1,45 +1,7 @@
 /* One warp's rows against one tile of keys and values. */
 #pragma once
-#include "prefill_layout.cuh"
+#include "prefill_sight.cuh"
 #include "softmax.cuh"
-
-/* The rows of a warp that are in use, of tokens [first, last]; first > last: none. */
-struct WarpTokens {
-    s32 first, last;
-};
-
-KV_DEVICE WarpTokens tokens_of_warp(const AttendParams &p, const Sequence &seq, s32 first_row) {
-    const s32 row = first_row + WARP_ROWS * (s32)warp_id();
-    return {row / p.group, (min(row + WARP_ROWS, seq.num_new * p.group) - 1) / p.group};
-}
-
-/* Of the block's rows: lane l has rows l / 4 and l / 4 + 8 of each 16 of its warp's. */
-KV_DEVICE s32 row_of_lane(s32 t, s32 half) {
-    return WARP_ROWS * warp_id() + 16 * t + 8 * half + (lane_id() >> 2);
-}
-
-/* What a lane's rows see. Rows beyond the sequence's last stand for it, and are not stored. */
-struct LaneSight {
-    Sight sight[ROW_TILES][2];
-    float slope[ROW_TILES][2];
-};
-
-/* Made where it is needed, as registers are short. */
-KV_DEVICE LaneSight look(const AttendParams &p, const Sequence &seq, s32 first_row) {
-    LaneSight look;
-#pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-        for (s32 half = 0; half < 2; half++) {
-            const s32 row =
-                min(opaque(first_row) + row_of_lane(t, half), seq.num_new * p.group - 1);
-            look.sight[t][half] = sight_of(p, seq, row / p.group);
-            look.slope[t][half] = OPTIONS && p.alibi_slopes
-                                      ? p.alibi_slopes[blockIdx.y * p.group + row % p.group]
-                                      : 0.0f;
-        }
-    return look;
-}
 
 /* Unnormalised, as the online softmax has them; sums l are this lane's part of its rows. */
 struct WarpState {
@@ -49,39 +11,38 @@ struct WarpState {
 
 typedef float Scores[ROW_TILES][KEYS / 8][4];
 
-/* Whether a row sees key j in this pass. */
-template <bool RAW>
-KV_DEVICE bool takes(const AttendParams &p, const Sequence &seq, const Sight &sight, s32 j) {
-    return sees(p, seq, sight, j) && (!QUANTIZED || reads_raw(seq, sight, j) == RAW);
+/* ---- fragments at addresses of which all but two bits of a step are constants of an instruction */
+
+/* Where chunk `odd` of a row lies in its tile. */
+template <s32 CHUNKS> KV_DEVICE u32 offset_of(s32 row, s32 odd) {
+    return chunk_of<CHUNKS>(nullptr, row, odd) - static_cast<u8 *>(nullptr);
 }
 
-/* Whether it sees all keys of [first, first + KEYS). */
-template <bool RAW>
-KV_DEVICE bool takes_all(const AttendParams &p, const Sequence &seq, const Sight &sight,
-                         s32 first) {
-    const s32 last = first + KEYS - 1;
-    if (!sees_all(p, sight, first, last))
-        return false;
-    if (!QUANTIZED || !seq.has_raw)
-        return true;
-    return RAW ? first >= sight.raw_begin : first >= seq.raw_first && last < sight.raw_begin;
+/* Chunk 2 k + odd, and `rows` rows further down, a multiple of 8. */
+template <s32 CHUNKS> KV_DEVICE u8 *chunk_at(u8 *tile, u32 offset, s32 k, s32 rows) {
+    const u32 at = CHUNKS % 8 == 0 ? (offset ^ 32 * (k & 3)) + 128 * (k >> 2) : offset + 32 * k;
+    return tile + at + 16 * TILE_PITCH<CHUNKS> * rows;
 }
 
-template <bool RAW>
-KV_DEVICE void add_products(Scores &s, u8 *query, u8 *keys, s32 first_row, s32 lane) {
-#pragma unroll 2
+/* Products of raw keys of a quantized cache, of which there are few, are a loop. */
+template <bool RAW> KV_DEVICE void add_products(Scores &s, u8 *query, u8 *keys, s32 lane) {
+    constexpr s32 UNROLL = RAW ? 1 : 4;
+    const s32 matrix = lane >> 3;
+    const u32 of_query = opaque(offset_of<K_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
+    const u32 of_keys = opaque(offset_of<K_CHUNKS>((lane & 7) + 8 * (matrix >> 1), matrix & 1));
+#pragma unroll UNROLL
     for (s32 k = 0; k < K_CHUNKS / 2; k++) {
         u32 a[PARTS<RAW>][ROW_TILES][4];
 #pragma unroll
         for (s32 part = 0; part < PARTS<RAW>; part++)
 #pragma unroll
             for (s32 t = 0; t < ROW_TILES; t++)
-                load_rows_fragment<K_CHUNKS>(a[part][t], query + part * QUERY_PART_BYTES,
-                                             first_row + 16 * t, k, lane);
+                ldmatrix_x4(a[part][t], chunk_at<K_CHUNKS>(query + part * QUERY_PART_BYTES,
+                                                           of_query, k, 16 * t));
 #pragma unroll
         for (s32 n = 0; n < KEYS / 16; n++) {
             u32 b[4];
-            load_keys_fragment<K_CHUNKS>(b, keys, 16 * n, k, lane);
+            ldmatrix_x4(b, chunk_at<K_CHUNKS>(keys, of_keys, k, 16 * n));
 #pragma unroll
             for (s32 part = 0; part < PARTS<RAW>; part++)
 #pragma unroll
@@ -93,58 +54,112 @@ KV_DEVICE void add_products(Scores &s, u8 *query, u8 *keys, s32 first_row, s32 l
     }
 }
 
-/* Sums over elements to scores of the softmax. */
-template <bool RAW>
-KV_DEVICE void finish_scores(const AttendParams &p, const Sequence &seq, const LaneSight &rows,
-                             const Shared &shared, s32 first, Scores &s) {
+/* Times the scales of the keys, which are 1 for raw ones. */
+KV_DEVICE void scale_keys(const float *key_scales, Scores &s) {
+#pragma unroll
+    for (s32 n = 0; n < KEYS / 8; n++) {
+        const float2 scales =
+            *reinterpret_cast<const float2 *>(key_scales + 8 * n + 2 * (lane_id() & 3));
+#pragma unroll
+        for (s32 t = 0; t < ROW_TILES; t++) {
+            s[t][n][0] *= scales.x;
+            s[t][n][1] *= scales.y;
+            s[t][n][2] *= scales.x;
+            s[t][n][3] *= scales.y;
+        }
+    }
+}
+
+/* What turns a row's scores into those of the softmax to base 2: s * factor + bias. */
+struct Line {
+    float factor, bias;
+};
+
+KV_DEVICE Line line_of_row(const AttendParams &p, const Shared &shared, s32 row) {
+    if (K_QUANTIZED)
+        return {shared.row_factors[row], shared.row_biases[row]};
+    if (SCALED_ROWS<false>)
+        return {shared.row_factors[row], 0.0f};
+    return {OPTIONS ? 1.0f : p.scale * LOG2E, 0.0f};
+}
+
+/* With options scores are finished one by one, and no line is left to do. */
+KV_DEVICE void apply_options(const AttendParams &p, const Place &place, const Shared &shared,
+                             s32 first, Scores &s) {
+#pragma unroll
+    for (s32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+        for (s32 half = 0; half < 2; half++) {
+            const Sequence &seq = place.seq;
+            const s32 row = min(place.first_row + row_of_lane(t, half), num_rows_of(p, seq) - 1);
+            const s32 token = (u32)row / (u32)p.group;
+            const Sight sight = sight_of(p, seq, token);
+            const float slope = p.alibi_slopes
+                                    ? p.alibi_slopes[blockIdx.y * p.group + row - token * p.group]
+                                    : 0.0f;
+            const Line line = line_of_row(p, shared, row_of_lane(t, half));
+#pragma unroll
+            for (s32 n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (s32 i = 0; i < 2; i++) {
+                    float &x = s[t][n][2 * half + i];
+                    x = finish_score(p, seq, sight, slope, first + 8 * n + 2 * (lane_id() & 3) + i,
+                                     fmaf(x, line.factor, line.bias));
+                }
+        }
+}
+
+/* Scores of keys that a row does not take become -inf. */
+KV_DEVICE void mask_scores(const AttendParams &p, const Place &place, bool raw, s32 first,
+                           Scores &s) {
+    const u64 keys = keys_of_lane(p, place, raw, first);
     const s32 pair = 2 * (lane_id() & 3);
 #pragma unroll
     for (s32 t = 0; t < ROW_TILES; t++)
 #pragma unroll
         for (s32 half = 0; half < 2; half++) {
-            const s32 row = row_of_lane(t, half);
-            const float factor = SCALED_ROWS<RAW> ? shared.row_factors[row] : 1.0f;
-            const float bias = K_ENCODED<RAW> ? shared.row_biases[row] : 0.0f;
+            const s32 lane = 16 * t + 8 * half + (lane_id() >> 2);
+            const u32 words[2] = {shfl((u32)keys, lane) >> pair,
+                                  shfl((u32)(keys >> 32), lane) >> pair};
 #pragma unroll
             for (s32 n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (s32 i = 0; i < 2; i++) {
-                    const s32 key = 8 * n + pair + i;
-                    float x = s[t][n][2 * half + i];
-                    if constexpr (SCALED_ROWS<RAW>)
-                        x *= factor;
-                    if constexpr (K_ENCODED<RAW>)
-                        x = fmaf(x, shared.key_scales[key], bias);
-                    s[t][n][2 * half + i] = finish_score(p, seq, rows.sight[t][half],
-                                                         rows.slope[t][half], first + key, x);
-                }
+                for (s32 i = 0; i < 2; i++)
+                    if (!(words[n / 4] >> (8 * (n % 4) + i) & 1))
+                        s[t][n][2 * half + i] = MINUS_INFINITY;
         }
-}
-
-template <bool RAW>
-KV_DEVICE void mask_scores(const AttendParams &p, const Sequence &seq, const LaneSight &rows,
-                           s32 first, Scores &s) {
-    const s32 pair = 2 * (lane_id() & 3);
-#pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-        for (s32 n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (s32 i = 0; i < 4; i++)
-                if (!takes<RAW>(p, seq, rows.sight[t][i / 2], first + 8 * n + pair + (i & 1)))
-                    s[t][n][i] = MINUS_INFINITY;
 }
 
 /* Scores to weights. Sums so far are scaled down where a row's maximum grew; a factor of 1 changes
  * no bit, so that other rows of the warp have no say. */
-KV_DEVICE void weigh(WarpState &state, Scores &s) {
+KV_DEVICE void weigh(const AttendParams &p, const Shared &shared, WarpState &state, Scores &s) {
     float factors[ROW_TILES][2];
     bool grew = false;
 #pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++) {
-        weigh_tile(s[t], state.m[t], factors[t]);
-        grew = grew || factors[t][0] != 1.0f || factors[t][1] != 1.0f;
-    }
+    for (s32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+        for (s32 half = 0; half < 2; half++) {
+            Line line = line_of_row(p, shared, row_of_lane(t, half));
+            if (OPTIONS)
+                line = {1.0f, 0.0f};
+            float top = fmaxf(s[t][0][2 * half], s[t][0][2 * half + 1]);
+#pragma unroll
+            for (s32 n = 1; n < KEYS / 8; n++)
+                top = fmaxf(top, fmaxf(s[t][n][2 * half], s[t][n][2 * half + 1]));
+            top = fmaxf(top, shfl_xor(top, 1));
+            top = fmaxf(top, shfl_xor(top, 2));
+            float &m = state.m[t][half];
+            top = fmaxf(m, fmaf(top, line.factor, line.bias));
+            const float base = finite_maximum(top), offset = line.bias - base;
+            factors[t][half] = exp2_approx(m - base);
+            grew = grew || factors[t][half] != 1.0f;
+            m = top;
+#pragma unroll
+            for (s32 n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (s32 i = 2 * half; i < 2 * half + 2; i++)
+                    s[t][n][i] = exp2_approx(fmaf(s[t][n][i], line.factor, offset));
+        }
     if (!any(grew))
         return;
 #pragma unroll
@@ -161,13 +176,12 @@ KV_DEVICE void weigh(WarpState &state, Scores &s) {
 }
 
 /* Weights of keys 16 k to 16 k + 15 as the first operand. */
-template <bool RAW>
 KV_DEVICE void pack_step(const Scores &s, s32 t, s32 k, const float *value_scales, float (&l)[2],
                          u32 (&a)[4]) {
 #pragma unroll
     for (s32 i = 0; i < 4; i++) {
         const float *weights = &s[t][2 * k + i / 2][2 * (i & 1)];
-        if constexpr (V_ENCODED<RAW>) {
+        if constexpr (V_QUANTIZED) {
             const s32 key = 16 * k + 8 * (i / 2) + 2 * (lane_id() & 3);
             l[i & 1] += weights[0] + weights[1];
             a[i] = pack_bf16(weights[0] * value_scales[key], weights[1] * value_scales[key + 1]);
@@ -178,19 +192,20 @@ KV_DEVICE void pack_step(const Scores &s, s32 t, s32 k, const float *value_scale
 }
 
 /* o += weights . values. */
-template <bool RAW>
 KV_DEVICE void add_values(WarpState &state, const Scores &s, u8 *values, const float *value_scales,
                           s32 lane) {
+    const s32 matrix = lane >> 3;
+    const u32 offset = opaque(offset_of<V_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
 #pragma unroll
     for (s32 k = 0; k < KEYS / 16; k++) {
         u32 a[ROW_TILES][4];
 #pragma unroll
         for (s32 t = 0; t < ROW_TILES; t++)
-            pack_step<RAW>(s, t, k, value_scales, state.l[t], a[t]);
+            pack_step(s, t, k, value_scales, state.l[t], a[t]);
 #pragma unroll
         for (s32 n = 0; n < V_CHUNKS / 2; n++) {
             u32 b[4];
-            load_values_fragment<V_CHUNKS>(b, values, 16 * k, n, lane);
+            ldmatrix_x4_trans(b, chunk_at<V_CHUNKS>(values, offset, n, 16 * k));
 #pragma unroll
             for (s32 t = 0; t < ROW_TILES; t++) {
                 mma<V_IS_BF16>(state.o[t][2 * n], a[t], b[0], b[1]);
@@ -200,110 +215,23 @@ KV_DEVICE void add_values(WarpState &state, const Scores &s, u8 *values, const f
     }
 }
 
-/* Whether some row of the warp sees a key of the tile, and whether one of them is to be masked. A
- * token without options sees all that those before it see, and reads raw from no earlier key on. */
-template <bool RAW>
-KV_DEVICE bool sees_some(const AttendParams &p, const Sequence &seq, const WarpTokens &tokens,
-                         const LaneSight &rows, s32 first, bool &masked) {
-    bool some = false, every = true;
-    const auto count = [&](const Sight &sight) {
-        some = some || (sight.begin < first + KEYS && first < sight.end);
-        every = every && takes_all<RAW>(p, seq, sight, first);
-    };
-    if constexpr (!OPTIONS) {
-        count(sight_of(p, seq, tokens.first));
-        count(sight_of(p, seq, tokens.last));
-        masked = !every;
-        return some;
-    }
-#pragma unroll
-    for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-        for (s32 half = 0; half < 2; half++)
-            count(rows.sight[t][half]);
-    masked = !all(every);
-    return any(some);
-}
-
 /* All of the warp's rows, and keys from `first` on. */
-template <bool RAW>
-KV_DEVICE void attend_tile(const AttendParams &p, const Sequence &seq, s32 first_row,
-                           const WarpTokens &tokens, const Shared &shared, u8 *keys, u8 *values,
-                           s32 first, WarpState &state) {
-    LaneSight rows = {};
-    if constexpr (OPTIONS)
-        rows = look(p, seq, first_row);
-    bool masked;
-    if (!sees_some<RAW>(p, seq, tokens, rows, first, masked))
-        return;
+KV_DEVICE void attend_tile(const AttendParams &p, const Place &place, const Shared &shared,
+                           bool raw, bool masked, u8 *keys, u8 *values, s32 first,
+                           WarpState &state) {
     const s32 lane = opaque(lane_id());
     Scores s = {};
-    add_products<RAW>(s, shared.query, keys, WARP_ROWS * warp_id(), lane);
-    finish_scores<RAW>(p, seq, rows, shared, first, s);
-    if (masked) {
-        if constexpr (!OPTIONS)
-            rows = look(p, seq, first_row);
-        mask_scores<RAW>(p, seq, rows, first, s);
-    }
-    weigh(state, s);
-    add_values<RAW>(state, s, values, shared.value_scales, lane);
-}
-
-/* ---- values that are not finite, where some rows of the block see them and others do not */
-
-/* Whether the tile has any, as every warp finds by itself. */
-KV_DEVICE bool has_not_finite(u8 *values) {
-    u32 found = 0;
-#pragma unroll 1
-    for (s32 i = lane_id(); i < KEYS * V_CHUNKS; i += 32) {
-        const uint4 chunk =
-            *reinterpret_cast<uint4 *>(chunk_of<V_CHUNKS>(values, i / V_CHUNKS, i % V_CHUNKS));
-        found |= not_finite_halves<V_IS_BF16>(chunk.x) | not_finite_halves<V_IS_BF16>(chunk.y) |
-                 not_finite_halves<V_IS_BF16>(chunk.z) | not_finite_halves<V_IS_BF16>(chunk.w);
-    }
-    return any(found != 0);
-}
-
-/* Adds them to the rows of the warp that see them, with a weight of 1. */
-template <bool RAW>
-KV_DEVICE void add_not_finite(const AttendParams &p, const Sequence &seq, s32 first_row,
-                              WarpState &state, u8 *values, s32 first) {
-#pragma unroll 1
-    for (s32 i = 0; i < KEYS * V_CHUNKS; i++) {
-        const s32 key = i / V_CHUNKS, column = i % V_CHUNKS;
-        const u8 *chunk = chunk_of<V_CHUNKS>(values, key, column);
-        const u32 pair = reinterpret_cast<const u32 *>(chunk)[lane_id() & 3];
-        const u32 halves = not_finite_halves<V_IS_BF16>(pair);
-        if (!any(halves != 0))
-            continue;
-        const float low = halves & 0x8000u ? unpack<V_IS_BF16>((u16)pair) : 0.0f;
-        const float high = halves >> 16 ? unpack<V_IS_BF16>((u16)(pair >> 16)) : 0.0f;
-        const LaneSight rows = look(p, seq, first_row);
-#pragma unroll
-        for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-            for (s32 half = 0; half < 2; half++) {
-                const bool seen = takes<RAW>(p, seq, rows.sight[t][half], first + key);
-#pragma unroll
-                for (s32 n = 0; n < V_CHUNKS; n++)
-                    if (seen && n == column) {
-                        state.o[t][n][2 * half] += low;
-                        state.o[t][n][2 * half + 1] += high;
-                    }
-            }
-    }
-}
-
-/* Puts zeros in their place: a weight of 0 does not keep them out of a product. */
-KV_DEVICE void clear_not_finite(u8 *values) {
-    for (s32 i = threadIdx.x; i < KEYS * V_CHUNKS * 4; i += THREADS) {
-        const s32 chunk = i / 4;
-        u32 *pair = reinterpret_cast<u32 *>(
-                        chunk_of<V_CHUNKS>(values, chunk / V_CHUNKS, chunk % V_CHUNKS)) +
-                    i % 4;
-        bool found = false;
-        const u32 finite = finite_pair<V_IS_BF16>(*pair, found);
-        if (found)
-            *pair = finite;
-    }
+    u8 *const query = shared.query + 16 * TILE_PITCH<K_CHUNKS> * WARP_ROWS * warp_id();
+    if (K_QUANTIZED && raw)
+        add_products<QUANTIZED>(s, query, keys, lane);
+    else
+        add_products<false>(s, query, keys, lane);
+    if constexpr (K_QUANTIZED)
+        scale_keys(shared.key_scales, s);
+    if constexpr (OPTIONS)
+        apply_options(p, place, shared, first, s);
+    if (masked)
+        mask_scores(p, place, raw, first, s);
+    weigh(p, shared, state, s);
+    add_values(state, s, values, shared.value_scales, lane);
 }

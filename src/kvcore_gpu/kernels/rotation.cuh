@@ -56,35 +56,3 @@ template <s32 DIM, s32 LANES = 32, s32 N> KV_DEVICE void rotate_row(float (&x)[N
             if (!(i & (stride / LANES)) && i + stride / LANES < N)
                 butterfly(x[i], x[i + stride / LANES]);
 }
-
-/* Of sums of m16n8k16, c[n] of elements 8 n to 8 n + 7: both rows := sign * H(row). */
-template <s32 DIM, s32 N> KV_DEVICE void rotate_back(float (&c)[N][4]) {
-    const s32 pair = 2 * (lane_id() & 3);
-#pragma unroll
-    for (s32 n = 0; n < DIM / 8; n++) {
-        butterfly(c[n][0], c[n][1]);
-        butterfly(c[n][2], c[n][3]);
-#pragma unroll
-        for (s32 i = 0; i < 4; i++) {
-            butterfly_of_lanes(c[n][i], 1);
-            butterfly_of_lanes(c[n][i], 2);
-        }
-    }
-#pragma unroll
-    for (s32 stride = 1; stride < ROTATION_BLOCK<DIM> / 8; stride *= 2)
-#pragma unroll
-        for (s32 n = 0; n < DIM / 8; n++)
-            if (!(n & stride) && n + stride < N)
-#pragma unroll
-                for (s32 i = 0; i < 4; i++)
-                    butterfly(c[n][i], c[n + stride][i]);
-#pragma unroll
-    for (s32 first = 0; first < DIM / 8; first += 4) {
-        const u32 signs = rotation_signs(first / 4) >> pair;
-#pragma unroll
-        for (s32 n = first; n < first + 4 && n < DIM / 8; n++)
-#pragma unroll
-            for (s32 i = 0; i < 4; i++)
-                c[n][i] = with_sign(c[n][i], signs << (31 - 8 * (n % 4) - (i & 1)) & 0x80000000u);
-    }
-}
