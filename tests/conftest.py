@@ -57,6 +57,17 @@ def _collections_are_short():
     gc.freeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a GPU is skipped where there is none, and says why."""
+    if item.get_closest_marker("gpu") is not None:
+        import kvcore
+
+        try:
+            kvcore.get_backend("cuda")
+        except kvcore.BackendUnavailable as error:
+            pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def emulated_backend():
     """The CUDA backend on the emulator, whose arrays are NumPy's."""

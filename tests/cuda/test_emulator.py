@@ -259,6 +259,10 @@ WRONG = {
     ),
     "a lane that does not take part": ("ended", "if (lane == 3) return; shfl(t, 0);"),
     "lanes of two minds": ("divergent warp", "if (lane < 16) sync_warp(); else shfl(t, 0);"),
+    "a warp's number for a lane alone": (
+        "deadlock",
+        "if (lane == 0) p.y[t] = warp_id();\n sync_threads();",
+    ),
     "a barrier that nobody else reaches": ("deadlock", "if (t < 32) sync_named(1, 64);"),
     "a read behind an array": ("read of 4 bytes out of bounds", "p.y[t] = p.x[p.n];"),
     "a write before an array": ("write of 4 bytes out of bounds", "p.y[-1 - t] = 0;"),

@@ -146,7 +146,6 @@ KV_DEVICE s32 leading_zeros(u32 x) { return x ? __builtin_clz(x) : 32; }
 KV_DEVICE s32 opaque(s32 x) { return x; }
 
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }
-KV_DEVICE u32 warp_id() { return threadIdx.x >> 5; }
 
 template <class T> KV_DEVICE T shuffled(T v, emulator::Shuffle kind, s32 argument, Site site) {
     static_assert(sizeof(T) <= 8, "a shuffle moves 8 bytes at most");
@@ -159,6 +158,7 @@ template <class T> KV_DEVICE T shuffled(T v, emulator::Shuffle kind, s32 argumen
 template <class T> KV_DEVICE T shfl(T v, s32 lane, KV_HERE) {
     return shuffled(v, emulator::Shuffle::FROM, lane, site);
 }
+KV_DEVICE u32 warp_id(KV_HERE) { return shfl(threadIdx.x >> 5, 0, site); }
 template <class T> KV_DEVICE T shfl_xor(T v, s32 mask, KV_HERE) {
     return shuffled(v, emulator::Shuffle::XOR, mask, site);
 }

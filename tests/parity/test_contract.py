@@ -47,13 +47,7 @@ def test_on_an_emulated_gpu(case, emulated, monkeypatch):
 @pytest.mark.gpu
 @on_every_case
 def test_on_a_gpu(case):
-    try:
-        subject = parity.Subject("cuda")
-        device = subject.device
-    except kvcore.BackendUnavailable as error:
-        pytest.skip(str(error))
-    result = parity.try_case(case, subject, device)
-    assert result.passed, result.message
+    assert_passes(case, parity.Subject("cuda"))
 
 
 def test_names_are_topics_and_differ():

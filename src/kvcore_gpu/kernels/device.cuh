@@ -170,7 +170,7 @@ KV_DEVICE s32 opaque(s32 x) {
 }
 
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }
-/* The same for all lanes, and known to be so by the compiler. */
+/* The same for all lanes, and known to be so by the compiler: all of them have to call it. */
 KV_DEVICE u32 warp_id() { return __shfl_sync(FULL_WARP, threadIdx.x >> 5, 0); }
 
 template <class T> KV_DEVICE T shfl(T v, s32 lane) { return __shfl_sync(FULL_WARP, v, lane); }

@@ -108,9 +108,10 @@ KV_DEVICE void plan_pass(const AttendParams &p, const Place &place, Pass &pass, 
         pass.shared_end = end_of_shared(p, place, raw);
     }
     const WarpSight sight = look(p, place, raw);
+    const s32 warp = warp_id();
     if (lane_id() == 0) {
-        pass.sights[warp_id()] = sight;
-        pass.not_finite[0][warp_id()] = pass.not_finite[1][warp_id()] = -1;
+        pass.sights[warp] = sight;
+        pass.not_finite[0][warp] = pass.not_finite[1][warp] = -1;
     }
     sync_threads();
 }
@@ -134,6 +135,7 @@ KV_DEVICE bool is_noted(const Pass &pass, s32 i) {
 KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shared &shared,
                            bool raw, WarpState &state) {
     Pass &pass = *shared.pass;
+    const s32 warp = warp_id();
     plan_pass(p, place, pass, raw);
     if (pass.count == 0)
         return;
@@ -146,7 +148,7 @@ KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shar
         const bool parted = (!V_QUANTIZED || raw) && i >= 0 && first + KEYS > pass.shared_end;
         cp_async_wait<0>();
         if (parted && has_copied_not_finite(values) && lane_id() == 0)
-            pass.not_finite[stage][warp_id()] = i;
+            pass.not_finite[stage][warp] = i;
         sync_threads(); /* this stage is there, and nobody reads the other any more */
         prepare_tile(p, place, shared, i + 1, raw);
         if (i < 0) {
@@ -159,7 +161,7 @@ KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shar
             expand_tile(shared, stage, first, range_of(pass.wanted, first));
             sync_threads();
         }
-        const WarpSight sight = pass.sights[warp_id()];
+        const WarpSight sight = pass.sights[warp];
         if (parted && is_noted(pass, i))
             part_not_finite(p, place, raw, sight.end > 0, values, first, state);
         if (sight.begin < first + KEYS && first < sight.end)
