@@ -83,13 +83,14 @@ class Splitting(Protocol):
 
 
 class Launch(NamedTuple):
-    """What Runtime.launch takes beside the params, and their first_tile."""
+    """What Runtime.launch takes beside the params, and their first_tile and num_tiles."""
 
     function: Function
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
-    first_tile: int = 0
+    first_tile: int
+    num_tiles: int
 
 
 class Attention:
@@ -118,30 +119,56 @@ class Attention:
         It serves for later calls as well whose params differ in nothing but addresses.
 
         Args:
-            params: all up to `group` filled in; the rest but first_tile is set here.
+            params: all up to `group` filled in; the rest but first_tile and num_tiles is set here.
             scratch: memory that stays as it is until the next launch in the stream.
         """
         plan = params.plan
         most_rows = plan.max_new * self._shape.group
         params.few_rows = MAX_INT32
-        launches = []
+        launches: list[Launch] = []
         few_rows = self.few_rows
         if self._many is not None and most_rows > few_rows:
             params.few_rows = most_rows = few_rows
-            launches.append(self._prefill(self._many, params))
+            launches = self._prefill(self._many, params, scratch)
             if plan.max_new * plan.num_sequences == plan.num_tokens:
                 return launches  # as many new tokens in each
         return launches + self._splits(params, most_rows, scratch)
 
-    def _prefill(self, kernel: prefill.Prefill, params: AttendParams) -> Launch:
+    def _prefill(
+        self, kernel: prefill.Prefill, params: AttendParams, scratch: GetScratch
+    ) -> list[Launch]:
         """For sequences with more than params.few_rows query rows of a KV head."""
         if self._many_function is None:
             self._many_function = self._load(kernel)
-        tiles = kernel.max_tiles(
-            params.plan.num_tokens * self._shape.group, params.plan.num_sequences, params.few_rows
+        plan, shape = params.plan, self._shape
+        few_tokens = params.few_rows // shape.group
+        sequences = prefill.max_sequences(
+            plan.num_sequences, plan.num_tokens, plan.max_new, few_tokens
         )
-        grid = tiles, self._shape.num_kv_heads, 1
-        return Launch(self._many_function, grid, (kernel.threads, 1, 1), kernel.shared_bytes)
+        alike = plan.max_new * plan.num_sequences == plan.num_tokens
+        cut = kernel.max_cut(
+            plan.max_new * shape.group if alike else 0,
+            shape.num_kv_heads,
+            sequences,
+            plan.table_width * shape.block_size,
+        )
+        units = prefill.MOST_BLOCKS // shape.num_kv_heads  # of a sequence that is cut
+        rows = units * shape.num_kv_heads * kernel.rows
+        nbytes = 4 * rows * (shape.head_dim_v + 2)
+        at_once = min(cut, max(1, MAX_PARTIAL_BYTES // max(1, nbytes)))
+        if cut:
+            params.partial_out = scratch(
+                "partial_out", at_once * rows * shape.head_dim_v, np.float32
+            )
+            params.partial_states = scratch("partial_states", at_once * rows * 2, np.float32)
+            params.counters = scratch("counters", at_once * units * shape.num_kv_heads, np.int32)
+        tiles = plan.num_tokens * shape.group // kernel.rows + sequences
+        grid = tiles + at_once * units, shape.num_kv_heads, 1
+        block = kernel.threads, 1, 1
+        return [
+            Launch(self._many_function, grid, block, kernel.shared_bytes, first, at_once)
+            for first in range(0, max(1, cut), max(1, at_once))
+        ]
 
     def _splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> list[Launch]:
         kernel, shape, plan = self._few, self._shape, params.plan
@@ -151,16 +178,18 @@ class Attention:
         lines = plan.num_sequences * shape.num_kv_heads  # of counters, for each tile
         states = lines * params.tile_rows * (params.num_splits + 1)
         nbytes = 4 * states * (shape.head_dim_v + 2)
-        params.num_tiles = max(1, min(tiles, MAX_PARTIAL_BYTES // max(1, nbytes)))
-        states *= params.num_tiles
+        at_once = max(1, min(tiles, MAX_PARTIAL_BYTES // max(1, nbytes)))
+        states *= at_once
         params.partial_out = scratch("partial_out", states * shape.head_dim_v, np.float32)
         params.partial_states = scratch("partial_states", states * 2, np.float32)
-        params.counters = scratch("counters", lines * params.num_tiles, np.int32)
+        params.counters = scratch("counters", lines * at_once, np.int32)
         parts = params.num_splits + bool(params.k.raw or params.v.raw)
-        grid = params.num_tiles * kernel.slices * parts, shape.num_kv_heads, plan.num_sequences
+        grid = at_once * kernel.slices * parts, shape.num_kv_heads, plan.num_sequences
         return [
-            Launch(self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, first)
-            for first in range(0, tiles, params.num_tiles)
+            Launch(
+                self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, first, at_once
+            )
+            for first in range(0, tiles, at_once)
         ]
 
 

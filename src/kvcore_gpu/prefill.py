@@ -10,6 +10,10 @@ __all__ = ["MAX_HEAD_DIM", "Prefill", "serves"]
 
 #: Longer rows of K or V are decode.cu's.
 MAX_HEAD_DIM = 256
+#: Of a sequence whose keys are cut, over all KV heads: about two for each multiprocessor.
+MOST_BLOCKS = 256
+#: Of each part of its keys. Its bits depend on both.
+LEAST_KEYS = 1024
 
 
 def serves(k_format: Format, v_format: Format, head_dim: int, head_dim_v: int) -> bool:
@@ -97,13 +101,31 @@ class Prefill:
             "V_FORMAT": self.v_format.index,
             "OPTIONS": int(self.options),
             "QUERY_PARTS": self.query_parts,
+            "MOST_BLOCKS": MOST_BLOCKS,
+            "LEAST_KEYS": LEAST_KEYS,
             "SHARED_BYTES": self.shared_bytes,
         }
 
-    def max_tiles(self, num_rows: int, num_sequences: int, few_rows: int) -> int:
-        """Tiles of query rows at most, however `num_rows` fall to sequences with more than
-        `few_rows`. Blocks find theirs by themselves, and leave at once where none is left."""
-        return num_rows // self.rows + min(num_sequences, num_rows // (few_rows + 1))
+    def max_cut(self, num_rows: int, num_kv_heads: int, num_sequences: int, max_length: int) -> int:
+        """Sequences at most whose keys are cut.
+
+        Args:
+            num_rows: query rows of a KV head of each sequence; 0: they differ.
+            num_sequences: that have more than a few rows, at most.
+            max_length: tokens of a sequence, at most.
+        """
+        tiles = max(1, -(-num_rows // self.rows))
+        is_cut = 2 * tiles * num_kv_heads <= MOST_BLOCKS and max_length >= 2 * LEAST_KEYS
+        return num_sequences if is_cut else 0
+
+
+def max_sequences(num_sequences: int, num_tokens: int, max_new: int, few_tokens: int) -> int:
+    """How many sequences can have more than `few_tokens` new tokens, if each has one or more and
+    the longest max_new."""
+    if max_new <= few_tokens:
+        return 0
+    spare = num_tokens - max_new - (num_sequences - 1)
+    return 1 + min(num_sequences - 1, spare // few_tokens if few_tokens else num_sequences)
 
 
 def _padded(head_dim: int) -> int:

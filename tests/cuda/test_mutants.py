@@ -107,10 +107,13 @@ CHAN = Played("chan4", "int8", np.float32, 4, ((191, 126), (1, 1)), 1, 2e-3, 1e-
 # Prompts of more rows than decode takes, the second behind stored keys.
 LONG = Played("fp16", "fp16", np.float16, 4, ((70, 40), (75, 21)), 2, 4e-3, 4e-4)
 LONG_ROT = Played("rot8", "rot4", BFLOAT16, 4, ((97, 30), (67, 21)), 1, 1e-2, 2e-3)
+# A prompt's end whose keys are read in two parts.
+PARTS = Played("fp16", "fp16", np.float16, 4, ((2000, 40), (50, 21)), 1, 4e-3, 4e-4)
 MERGE = Merged()
 CASES = {
     "long": LONG,
     "long_rot": LONG_ROT,
+    "parts": PARTS,
     "fp16": FP16,
     "fp32": FP32,
     "rot": ROT,
@@ -182,8 +185,8 @@ MUTANTS = [
            "load_tile(p, shared, i & 1,", "load_tile(p, shared, i + 1 & 1,", LONG),
     Mutant("prefill takes the blocks of another tile", "prefill_load.cuh",
            "pass.blocks[stage][is_raw][run]", "pass.blocks[stage ^ 1][is_raw][run]", LONG),
-    Mutant("prefill leaves the last rows out", "prefill.cu",
-           "(rows + ROWS - 1) / ROWS", "rows / ROWS", LONG),
+    Mutant("prefill leaves the last rows out", "prefill_place.cuh",
+           "cut.tiles = tiles;", "cut.tiles = tiles - 1;", LONG),
     Mutant("prefill masks nothing", "prefill_tile.cuh", "if (masked)", "if (false)", LONG),
     Mutant("prefill takes raw blocks for as long as others", "prefill_load.cuh",
            "IS_QUANTIZED ? 1 << RAW_BLOCK_LOG2 : 1", "1", LONG_ROT),
@@ -198,6 +201,12 @@ MUTANTS = [
            "weights[0] * value_scales[key]", "weights[0]", LONG_ROT),
     Mutant("prefill leaves values rotated", "prefill_rows.cuh",
            "undo_transform<V_FORMAT, HEAD_DIM_V>(p, head, o);", ";", LONG_ROT),
+    Mutant("prefill's parts have the same keys", "prefill.cu",
+           "wanted.end = min(wanted.end, (place.part + 1) * keys);", "", PARTS),
+    Mutant("prefill's merge leaves a part out", "prefill_parts.cuh",
+           "part < count;", "part + 1 < count;", PARTS),
+    Mutant("prefill's tiles share their parts", "prefill_place.cuh",
+           "+ tile * cut.parts", "+ tile", PARTS),
     Mutant("keys' scales are left out", "decode_keys.cuh",
            "scales[n][0] = u32_as_float(pair << 16);", "scales[n][0] = 1.0f;", ROT),
     Mutant("the query is not rotated", "queries.cuh",

@@ -12,7 +12,8 @@ import attention_oracle as oracle
 import kvcore
 from cuda_emulator.runtime import EmulatedRuntime
 from kvcore import backend
-from kvcore_gpu import attention
+from kvcore.formats import get_format
+from kvcore_gpu import attention, prefill
 from kvcore_gpu.backend import CudaBackend
 from quantized_reference import Side
 from support import DTYPES, assert_same_bits, poison, random_kv, random_q
@@ -65,7 +66,9 @@ class Case:
             mock.patch.dict(backend._loaded, made),
             mock.patch.object(attention.Attention, "few_rows", few_rows),
         ):
-            return self._attend(kvcore.KVCache(self.spec, 40, backend="cuda"), chosen, options)
+            raw_blocks = 400 if self.spec.raw_groups else None
+            cache = kvcore.KVCache(self.spec, 40, num_raw_blocks=raw_blocks, backend="cuda")
+            return self._attend(cache, chosen, options)
 
     def _attend(self, cache, chosen, options):
         if not self.is_quantized:
@@ -375,10 +378,90 @@ def test_sequences_of_few_rows_are_another_kernels(runtime):
 EMULATED_LAUNCH = EmulatedRuntime.launch
 
 
+# ---- keys in parts
+
+
+def long_case(*pair, contexts=(3100, 30, 2100), news=(70, 40, 9), **given):
+    """Few rows over many keys: three parts and two, and one that is not cut between them."""
+    return Case(
+        *pair, 32, heads=1, block_size=256, contexts=contexts, news=news,
+        **({"q_dtype": "bfloat16"} | given),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pair", "given"),
+    [
+        (("bf16", "bf16"), {}),
+        (("fp16", "fp16"), {"q_dtype": "float32", "group": 5}),  # tiles of 64 rows
+        (("rot8", "rot4"), {"raw_first": 20}),
+        (("bf16", "int8"), {"contexts": (2100,), "news": (200,)}),
+    ],
+    ids=["bf16", "fp16", "rot8-rot4", "bf16-int8"],
+)
+def test_parts_of_keys(runtime, pair, given):
+    case = long_case(*pair, **given)
+    with mock.patch.object(EmulatedRuntime, "zeros", nan_for_floats):
+        run(runtime, case)
+
+
+def nan_for_floats(self, shape, dtype):
+    """Scratch comes with what was there before; only counters are to be zeros."""
+    made = self.empty(shape, dtype)
+    made[...] = np.nan if np.dtype(dtype) == np.float32 else 0
+    return made
+
+
+@pytest.mark.parametrize("name", ["window", "mask", "sinks"])
+def test_parts_with_options(runtime, name):
+    """A window leaves the first parts without keys, a mask some rows of a part, or all."""
+    case = long_case("bf16", "bf16", contexts=(2980, 2100), news=(70, 9))
+    rng = np.random.default_rng(6)
+    masks = [rng.random((n, m)) < 0.5 for n, m in zip(case.news, case.lengths, strict=True)]
+    masks[0][:20, :1600] = False
+    masks[1][:] = False
+    options = {
+        "window": {"window": 700},
+        "mask": {"mask": masks, "sinks": np.zeros(2, np.float32)},
+        "sinks": {"sinks": np.array([4.0, -4.0], np.float32)},
+    }[name]
+    run(runtime, case, **options)
+
+
+@pytest.mark.parametrize("pair", [("bf16", "bf16"), ("rot8", "rot4")], ids="-".join)
+def test_parts_do_not_depend_on_the_batch(runtime, pair):
+    """Nor on how many launches it takes to have room for them."""
+    case = long_case(*pair)
+    out, lse = case.attend(runtime)
+    with mock.patch.object(attention, "MAX_PARTIAL_BYTES", 1):
+        again = case.attend(runtime)
+    for a, b in zip(again, (out, lse), strict=True):
+        assert_same_bits(a, b, "in several launches")
+    for s in range(len(case.news)):
+        alone = case.attend(runtime, [s])
+        assert_same_bits(alone[0], out[case.rows(s)])
+        assert_same_bits(alone[1], lse[case.rows(s)])
+
+
+def test_how_many_sequences_are_cut():
+    """What a launch makes room for: all that there can be, but no prompts of many rows."""
+    kernel = prefill.Prefill(*[get_format("bf16")] * 2, 128, 128, 1, False)
+    assert kernel.max_cut(512, 8, 1, 32768) == 1
+    assert kernel.max_cut(2048, 8, 1, 32768) == 1
+    assert kernel.max_cut(2049, 8, 1, 32768) == 0  # 17 tiles of 8 heads: two parts are too many
+    assert kernel.max_cut(0, 8, 3, 32768) == 3
+    assert kernel.max_cut(0, 8, 3, 2047) == 0
+    assert prefill.max_sequences(256, 767, 512, 16) == 1  # one chunk beside decode steps
+    assert prefill.max_sequences(256, 767, 500, 16) == 1
+    assert prefill.max_sequences(256, 767, 496, 16) == 2
+    assert prefill.max_sequences(4, 4 * 128, 128, 16) == 4
+    assert prefill.max_sequences(3, 40, 16, 16) == 0
+
+
 # ---- the emulator's checks
 
 
-@pytest.mark.parametrize("name", ["plain", "options", "quantized"])
+@pytest.mark.parametrize("name", ["plain", "options", "quantized", "parts"])
 def test_without_races(checked, name):
     if name == "plain":
         run(checked, Case("bf16", "bf16", 64, q_dtype="bfloat16"))
@@ -386,5 +469,7 @@ def test_without_races(checked, name):
         case = Case("bf16", "bf16", 40, q_dtype="float32", contexts=(70, 0, 3, 30))
         given = options_of(case)
         run(checked, case, **{key: x for name in NAMES for key, x in given[name].items()})
+    elif name == "parts":
+        run(checked, long_case("rot8", "rot4", contexts=(2030,), news=(40,)))
     else:
         run(checked, Case("chan4", "int4", 32, heads=1, contexts=(90,), news=(40,)))

@@ -103,7 +103,8 @@ struct AttendParams {
     s32 group;                         /* query heads of a KV head */
     s32 few_rows;                      /* sequences with at most so many query rows of a KV head
                                           are decode's, the others prefill's */
-    /* Decode only. A tile is 16 query rows of a KV head and a sequence: new tokens x group. */
+    /* A tile is 16 query rows of a KV head and a sequence: new tokens x group. In prefill.cu it is a
+     * sequence whose keys are cut, with MOST_BLOCKS / H units, each a part of a tile of ROWS rows. */
     s32 first_tile, num_tiles; /* which tiles of every sequence this launch takes */
     s32 num_splits;            /* of the longest sequence */
     float *partial_out;        /* [S, num_tiles, H, tile_rows, num_splits + 1, Dv] */

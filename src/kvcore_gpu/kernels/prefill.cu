@@ -19,44 +19,8 @@
  */
 #include "prefill_expand.cuh"
 #include "prefill_not_finite.cuh"
-#include "prefill_rows.cuh"
-
-/* The sequence and its tile of ROWS rows that block `index` of the grid takes; -1: none is left.
- * Sequences with few rows have no tiles. The last ones see most and come first. */
-KV_DEVICE s32 find_tile(const AttendParams &p, s32 index, s32 &sequence) {
-    for (s32 start = 0; start < p.plan.num_sequences; start += 32) {
-        const s32 s = start + lane_id();
-        s32 tiles = 0;
-        if (s < p.plan.num_sequences) {
-            const s32 rows = (p.plan.query_starts[s + 1] - p.plan.query_starts[s]) * p.group;
-            tiles = rows > p.few_rows ? (rows + ROWS - 1) / ROWS : 0;
-        }
-        s32 end = tiles; /* of tiles up to this lane's */
-        for (u32 delta = 1; delta < 32; delta *= 2) {
-            const s32 before = shfl_up(end, delta);
-            end += lane_id() >= delta ? before : 0;
-        }
-        const u32 beyond = ballot(index < end);
-        if (beyond) {
-            const s32 lane = count_bits((beyond & -beyond) - 1);
-            sequence = start + lane;
-            return shfl(end, lane) - 1 - index;
-        }
-        index -= shfl(end, 31);
-    }
-    return -1;
-}
-
-/* By the first warp; the caller waits. */
-KV_DEVICE void find_place(const AttendParams &p, Place &place) {
-    s32 sequence = 0;
-    const s32 tile = find_tile(p, blockIdx.x, sequence);
-    if (lane_id() == 0) {
-        place.first_row = ROWS * tile;
-        if (tile >= 0)
-            place.seq = sequence_of(p, sequence);
-    }
-}
+#include "prefill_parts.cuh"
+#include "prefill_place.cuh"
 
 KV_DEVICE Tiles tiles_of(const Wanted &wanted) {
     Tiles tiles;
@@ -99,10 +63,23 @@ KV_DEVICE s32 end_of_shared(const AttendParams &p, const Place &place, bool raw)
     return taken_by(place.seq, sight, raw).end;
 }
 
+/* The part's keys of those that the first pass wants. Where a tile wants none at all, its first part
+ * is there to say so. */
+KV_DEVICE void cut_to_part(Place &place, Wanted &wanted) {
+    const s32 keys = place.split_keys;
+    const bool some = wanted.begin < wanted.end;
+    place.first_part = some ? wanted.begin / keys : 0;
+    place.end_part = some ? (wanted.end + keys - 1) / keys : 1;
+    wanted.begin = max(wanted.begin, place.part * keys);
+    wanted.end = min(wanted.end, (place.part + 1) * keys);
+}
+
 /* What the pass is to do, for all threads to read. */
-KV_DEVICE void plan_pass(const AttendParams &p, const Place &place, Pass &pass, bool raw) {
+KV_DEVICE void plan_pass(const AttendParams &p, Place &place, Pass &pass, bool raw) {
     if (threadIdx.x == 0) {
         pass.wanted = wanted_by(p, place, raw);
+        if (!raw && place.split_keys)
+            cut_to_part(place, pass.wanted);
         pass.tiles = tiles_of(pass.wanted);
         pass.count = pass.tiles.head + pass.tiles.last - pass.tiles.first;
         pass.shared_end = end_of_shared(p, place, raw);
@@ -135,14 +112,11 @@ KV_DEVICE bool is_noted(const Pass &pass, s32 i) {
 KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shared &shared,
                            bool raw, WarpState &state) {
     Pass &pass = *shared.pass;
-    const s32 warp = warp_id();
-    plan_pass(p, place, pass, raw);
-    if (pass.count == 0)
-        return;
     prepare_tile(p, place, shared, -1, raw);
+    s32 i = -1;
 #pragma unroll 1
-    for (s32 i = -1; i < pass.count; i++) {
-        const s32 stage = i & 1, first = first_key(pass.tiles, i);
+    do {
+        const s32 stage = i & 1, first = first_key(pass.tiles, i), warp = warp_id();
         u8 *const values = v_tile(shared, raw, stage);
         /* Rows of values as they are, some of which a row does not take. */
         const bool parted = (!V_QUANTIZED || raw) && i >= 0 && first + KEYS > pass.shared_end;
@@ -168,7 +142,7 @@ KV_DEVICE void attend_pass(const AttendParams &p, const Place &place, const Shar
             attend_tile(p, place, shared, raw,
                         first < sight.every_begin || first + KEYS > sight.every_end,
                         k_tile(shared, raw, stage), values, first, state);
-    }
+    } while (++i < pass.count);
 }
 
 KV_KERNEL(prefill, AttendParams, THREADS, ROW_TILES) {
@@ -176,7 +150,7 @@ KV_KERNEL(prefill, AttendParams, THREADS, ROW_TILES) {
     const Shared shared = cut_shared(bytes);
     Place &place = shared.pass->place;
     if (warp_id() == 0)
-        find_place(p, place);
+        find_place(p, place, blockIdx.x);
     sync_threads();
     if (place.first_row < 0)
         return;
@@ -187,15 +161,23 @@ KV_KERNEL(prefill, AttendParams, THREADS, ROW_TILES) {
     bool raw = false;
 #pragma unroll 1
     for (;;) {
+        plan_pass(p, place, *shared.pass, raw);
+        if (place.split_keys && (place.part < place.first_part || place.part >= place.end_part))
+            return;
         attend_pass(p, place, shared, raw, state);
         sync_threads(); /* nobody reads a tile any more */
         put_rows(shared, state);
-        if (!QUANTIZED || raw)
+        if (place.split_keys && !raw) {
+            store_part(p, place, shared);
+            if (!is_last_part(p, place))
+                return;
+            merge_parts(p, place, shared);
+        } else if (!raw) {
+            undo_transform_of_rows(p, shared, blockIdx.y);
+        }
+        if (!QUANTIZED || raw || !place.seq.has_raw)
             break;
-        undo_transform_of_rows(p, shared, blockIdx.y);
-        if (!place.seq.has_raw)
-            break;
-        get_sums(shared, state);
+        get_rows(shared, state);
         raw = true;
     }
     store_rows(p, place, shared, blockIdx.y);

@@ -3,6 +3,8 @@
  * Specialised by HEAD_DIM, HEAD_DIM_V, K_FORMAT, V_FORMAT, OPTIONS (sight.cuh) and
  *   QUERY_PARTS   1: q has K's type, bfloat16 where K is quantized; 2: it is taken as the sum of
  *                 two numbers of that type
+ *   MOST_BLOCKS   that a sequence has over all KV heads if its keys are cut
+ *   LEAST_KEYS    of each part of them
  *   SHARED_BYTES  what the host reckons (kvcore_gpu/prefill.py), which must be the same
  *
  * A quantized cache is read in two passes over the keys, encoded ones and raw ones, by the same code
@@ -31,6 +33,9 @@ constexpr s32 WARPS = ROW_TILES == 2 || QUERY_PARTS == 2 ? 4 : 8;
 constexpr s32 THREADS = 32 * WARPS;
 constexpr s32 WARP_ROWS = 16 * ROW_TILES;
 constexpr s32 ROWS = WARPS * WARP_ROWS;
+
+/* A sequence whose rows are few blocks has its keys cut into parts. */
+constexpr s32 MOST_PARTS = 32, SPLIT_KEYS = 512;
 
 template <bool RAW> constexpr bool K_ENCODED = K_QUANTIZED && !RAW;
 template <bool RAW> constexpr bool V_ENCODED = V_QUANTIZED && !RAW;
@@ -99,10 +104,14 @@ struct WarpSight {
 };
 
 /* The rows that a block takes of a KV head: (new token, query head) pairs, those of a token side by
- * side. */
+ * side; and of their keys all, or one of several parts. */
 struct Place {
     Sequence seq;
-    s32 first_row; /* of the sequence's; below 0: the block has none */
+    s32 first_row;            /* of the sequence's; below 0: the block has none */
+    s32 part, split_keys;     /* which of the parts of so many keys; 0: there is one */
+    s32 first_unit;           /* of the tile's parts in p.partial_out */
+    s32 first_part, end_part; /* that have keys */
+    s32 is_last;
 };
 
 struct Pass {

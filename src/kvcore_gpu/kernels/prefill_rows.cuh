@@ -15,12 +15,12 @@ KV_DEVICE s32 sum_index(s32 row, s32 d) {
 /* All rows of the warp; m and l go where row_factors and row_biases were. */
 KV_DEVICE void put_rows(const Shared &shared, const WarpState &state) {
     float *sums = sums_of(shared);
-    const s32 pair = 2 * (lane_id() & 3);
+    const s32 pair = 2 * (lane_id() & 3), warp = warp_id();
 #pragma unroll
     for (s32 t = 0; t < ROW_TILES; t++)
 #pragma unroll
         for (s32 half = 0; half < 2; half++) {
-            const s32 row = row_of_lane(t, half);
+            const s32 row = row_of_lane(t, half, warp);
 #pragma unroll
             for (s32 n = 0; n < V_CHUNKS; n++)
                 *reinterpret_cast<float2 *>(sums + sum_index(row, 8 * n + pair)) =
@@ -34,21 +34,25 @@ KV_DEVICE void put_rows(const Shared &shared, const WarpState &state) {
     sync_warp();
 }
 
-/* The sums only: m and l stay with their lanes. */
-KV_DEVICE void get_sums(const Shared &shared, WarpState &state) {
+/* The other way; l goes to one of the lanes that share a row. */
+KV_DEVICE void get_rows(const Shared &shared, WarpState &state) {
     const float *sums = sums_of(shared);
-    const s32 pair = 2 * (lane_id() & 3);
+    const s32 pair = 2 * (lane_id() & 3), warp = warp_id();
 #pragma unroll
     for (s32 t = 0; t < ROW_TILES; t++)
 #pragma unroll
-        for (s32 half = 0; half < 2; half++)
+        for (s32 half = 0; half < 2; half++) {
+            const s32 row = row_of_lane(t, half, warp);
 #pragma unroll
             for (s32 n = 0; n < V_CHUNKS; n++) {
-                const float2 both = *reinterpret_cast<const float2 *>(
-                    sums + sum_index(row_of_lane(t, half), 8 * n + pair));
+                const float2 both =
+                    *reinterpret_cast<const float2 *>(sums + sum_index(row, 8 * n + pair));
                 state.o[t][n][2 * half] = both.x;
                 state.o[t][n][2 * half + 1] = both.y;
             }
+            state.m[t][half] = shared.row_factors[row];
+            state.l[t][half] = pair == 0 ? shared.row_biases[row] : 0.0f;
+        }
 }
 
 constexpr s32 SUMS_PER_LANE = (HEAD_DIM_V + 31) / 32; /* elements l, l + 32, ... of a row */
@@ -70,12 +74,17 @@ KV_DEVICE void store_sums(const Shared &shared, s32 row, const float (&o)[SUMS_P
     }
 }
 
+/* Of the block's rows, the end of the warp's, which begin at `first`. */
+KV_DEVICE s32 end_of_rows(const AttendParams &p, const Place &place, s32 first) {
+    return min(first + WARP_ROWS, num_rows_of(p, place.seq) - place.first_row);
+}
+
 /* Sums over levels of encoded values to sums over values. */
 KV_DEVICE void undo_transform_of_rows(const AttendParams &p, const Shared &shared, s32 head) {
     if constexpr (IS_ROTATED<V_FORMAT> || V_FORMAT == KV_FORMAT_INT8_STATIC) {
+        const s32 first = WARP_ROWS * warp_id();
 #pragma unroll 1
-        for (s32 i = 0; i < WARP_ROWS; i++) {
-            const s32 row = WARP_ROWS * warp_id() + i;
+        for (s32 row = first; row < first + WARP_ROWS; row++) {
             float o[SUMS_PER_LANE];
             load_sums(shared, row, o);
             undo_transform<V_FORMAT, HEAD_DIM_V>(p, head, o);
@@ -103,11 +112,9 @@ KV_DEVICE void store_rows(const AttendParams &p, const Place &place, const Share
                           s32 head) {
     static_assert(HEAD_DIM_V % 4 == 0, "whole stores");
     const Sequence &seq = place.seq;
+    const s32 first = WARP_ROWS * warp_id(), end = end_of_rows(p, place, first);
 #pragma unroll 1
-    for (s32 i = 0; i < WARP_ROWS; i++) {
-        const s32 row = WARP_ROWS * warp_id() + i;
-        if (place.first_row + row >= num_rows_of(p, seq))
-            break;
+    for (s32 row = first; row < end; row++) {
         const s32 token = (u32)(place.first_row + row) / (u32)p.group;
         const s32 query_head = head * p.group + place.first_row + row - token * p.group;
         State total = {shared.row_factors[row], shared.row_biases[row]};

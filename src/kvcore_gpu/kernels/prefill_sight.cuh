@@ -7,8 +7,8 @@ KV_DEVICE s32 num_rows_of(const AttendParams &p, const Sequence &seq) {
 }
 
 /* Of the block's rows: lane l has rows l / 4 and l / 4 + 8 of each 16 of its warp's. */
-KV_DEVICE s32 row_of_lane(s32 t, s32 half) {
-    return WARP_ROWS * warp_id() + 16 * t + 8 * half + (lane_id() >> 2);
+KV_DEVICE s32 row_of_lane(s32 t, s32 half, u32 warp = warp_id()) {
+    return WARP_ROWS * warp + 16 * t + 8 * half + (lane_id() >> 2);
 }
 
 /* Keys j with begin <= j < end, of which j < head or j >= tail. */
