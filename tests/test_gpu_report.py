@@ -352,6 +352,11 @@ def test_parity_is_a_part(cupy, tmp_path, monkeypatch):
     assert record["kind"] == "parity" and record["passed"] and record["case"] == "decode/fp16"
 
 
+def test_errors_that_are_no_numbers_are_no_json():
+    record = {"case": "x", "worst": float("nan"), "seconds": float("inf"), "passed": False, "n": 1}
+    assert parts._finite(record) == {**record, "worst": None, "seconds": None}
+
+
 def test_a_model_is_a_part(cupy, tmp_path, monkeypatch):
     monkeypatch.setattr(language, "load", lambda _name, **place: make_model(head_dim=64, **place))
     file = tmp_path / "records"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -292,7 +293,10 @@ def _l2_bytes(cp: Any) -> int:
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """An error that is not finite is no JSON."""
-    return {k: None if v in (float("inf"), float("-inf")) else v for k, v in record.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 def _reason(error: Exception) -> str:
