@@ -40,7 +40,7 @@ LIMITS = {
     "append": 25,
     "overhead": 15,
     "model": 18,
-    "sanitizer": 80,
+    "sanitizer": 105,
     "torch-flash": 45,
     "torch-flash-rows": 20,
     "torch-cudnn": 25,
@@ -55,7 +55,7 @@ SHARED_OUT = ("compile", "parity")
 MOST_PROCESSES = 14
 GRACE_SECONDS = 5
 #: compute-sanitizer's tools. CuPy asks the driver things that it may refuse, which is no fault.
-TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
+TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "synccheck": ()}
 SANITIZED = ("decode/bf16", "prefill/bf16", "append/rot4")
 #: What compute-sanitizer exits with where it found something.
 FOUND = 9
