@@ -461,10 +461,12 @@ def test_how_many_sequences_are_cut():
 # ---- the emulator's checks
 
 
-@pytest.mark.parametrize("name", ["plain", "options", "quantized", "parts"])
+@pytest.mark.parametrize("name", ["plain", "options", "quantized", "all raw", "parts"])
 def test_without_races(checked, name):
     if name == "plain":
         run(checked, Case("bf16", "bf16", 64, q_dtype="bfloat16"))
+    elif name == "all raw":  # a first pass without a tile, whose queries are copied all the same
+        run(checked, Case("bf16", "rot4", 64, q_dtype="bfloat16", contexts=(0,), news=(30,)))
     elif name == "options":
         case = Case("bf16", "bf16", 40, q_dtype="float32", contexts=(70, 0, 3, 30))
         given = options_of(case)

@@ -6,7 +6,6 @@
 namespace emulator {
 
 static void run(const AsyncCopy &copy) {
-    checker_shared(copy.dst, copy.bytes, true);
     if (copy.pred)
         memcpy(copy.dst, copy.src, copy.bytes);
     else
@@ -19,16 +18,14 @@ void copy_async(void *dst, const void *src, u32 bytes, bool pred) {
         fail("cp.async: an address is not aligned to %u bytes", bytes);
     if (!is_shared(dst, bytes))
         fail("cp.async: the destination is not in the block's shared memory");
-    /* It may write at any time from here to the wait: a race at either end is one. */
-    checker_shared(dst, bytes, true);
+    checker_copy_begins(dst, bytes);
     if (pred)
         checker_global(src, bytes, false);
+    const bool early = machine.order == Order::RANDOM && random_number() % 2;
     machine.current->open_group.push_back(
-        {static_cast<char *>(dst), static_cast<const char *>(src), bytes, pred});
-    if (machine.order == Order::RANDOM && random_number() % 2) {
+        {static_cast<char *>(dst), static_cast<const char *>(src), bytes, pred, early});
+    if (early)
         run(machine.current->open_group.back());
-        machine.current->open_group.pop_back();
-    }
 }
 
 void commit_copies() {
@@ -40,8 +37,11 @@ void commit_copies() {
 void wait_copies(u32 most) {
     std::vector<std::vector<AsyncCopy>> &groups = machine.current->groups;
     while (groups.size() > most) {
-        for (const AsyncCopy &copy : groups.front())
-            run(copy);
+        for (const AsyncCopy &copy : groups.front()) {
+            checker_copy_ends(copy.dst, copy.bytes);
+            if (!copy.early)
+                run(copy);
+        }
         groups.erase(groups.begin());
     }
 }

@@ -28,6 +28,7 @@ struct Access {
 /* What is remembered of one byte of shared memory. */
 struct Shadow {
     Access write, reads[2];
+    Access copy; /* under way, of the block with this number */
 };
 
 struct Checker {
@@ -40,6 +41,7 @@ struct Checker {
     u32 clock[MAX_WARPS], known[MAX_WARPS][MAX_WARPS];
     /* Ticks at each barrier of the block; where a thread last wrote global memory, and fenced. */
     u32 barriers;
+    u32 block;
     u32 written[MAX_THREADS], fenced[MAX_THREADS];
     bool unfenced[MAX_THREADS];
 };
@@ -83,17 +85,24 @@ static void remember_read(Shadow &shadow, Access access) {
     shadow.reads[0] = access;
 }
 
+static Shadow *shadow_of(const void *address, u32 bytes) {
+    const char *const p = static_cast<const char *>(address);
+    return &checker.shadow[is_dynamic(address, bytes)
+                               ? (size_t)(p - machine.shared)
+                               : SHARED_BYTES + (size_t)(p - machine.kernel->shared_begin)];
+}
+
 void checker_shared(const void *address, u32 bytes, bool write) {
     if (!checker.on)
         return;
     const Fiber &self = *machine.current;
-    const char *const p = static_cast<const char *>(address);
-    const size_t index = is_dynamic(address, bytes)
-                             ? (size_t)(p - machine.shared)
-                             : SHARED_BYTES + (size_t)(p - machine.kernel->shared_begin);
     const Access access = {(u16)self.number, checker.clock[self.warp]};
+    Shadow *const shadows = shadow_of(address, bytes);
     for (u32 i = 0; i < bytes; i++) {
-        Shadow &shadow = checker.shadow[index + i];
+        Shadow &shadow = shadows[i];
+        if (shadow.copy.thread != NOBODY && shadow.copy.clock == checker.block)
+            fail("race: shared memory is %s where a copy of thread %u is under way",
+                 write ? "written" : "read", shadow.copy.thread);
         if (!ordered(shadow.write, self))
             race(write ? "gets written over" : "gives", "wrote", shadow.write);
         if (!write) {
@@ -107,9 +116,22 @@ void checker_shared(const void *address, u32 bytes, bool write) {
     }
 }
 
+void checker_copy_begins(const void *address, u32 bytes) {
+    checker_shared(address, bytes, true);
+    for (u32 i = 0; checker.on && i < bytes; i++)
+        shadow_of(address, bytes)[i].copy = {(u16)machine.current->number, checker.block};
+}
+
+void checker_copy_ends(const void *address, u32 bytes) {
+    for (u32 i = 0; checker.on && i < bytes; i++)
+        shadow_of(address, bytes)[i].copy.thread = NOBODY;
+    checker_shared(address, bytes, true);
+}
+
 void checker_block() {
     if (!checker.on)
         return;
+    checker.block++;
     for (u32 a = 0; a < machine.num_warps; a++)
         checker.clock[a]++;
     for (u32 a = 0; a < MAX_WARPS; a++)
@@ -230,7 +252,7 @@ void checker_launch(bool on, u32 num_ranges, const u64 *begins, const u64 *ends,
         checker.ranges.push_back({begins[i], ends[i], writable[i] != 0});
     const size_t statics = (size_t)(machine.kernel->shared_end - machine.kernel->shared_begin);
     const Access nobody = {NOBODY, 0};
-    checker.shadow.assign(SHARED_BYTES + statics, {nobody, {nobody, nobody}});
+    checker.shadow.assign(SHARED_BYTES + statics, {nobody, {nobody, nobody}, nobody});
 }
 
 } // namespace emulator

@@ -12,6 +12,10 @@ namespace emulator {
 
 /* An access of the current thread to shared memory: compared with the last ones by others. */
 void checker_shared(const void *address, u32 bytes, bool write);
+/* A copy of the current thread to shared memory, which may write at any time from the one to the
+ * other: nobody else is to touch that memory until it is waited for, barriers or not. */
+void checker_copy_begins(const void *address, u32 bytes);
+void checker_copy_ends(const void *address, u32 bytes);
 /* An access of the current thread to memory of the launch. */
 void checker_global(const void *address, u32 bytes, bool write);
 

@@ -28,7 +28,7 @@ struct AsyncCopy {
     char *dst;
     const char *src;
     u32 bytes;
-    bool pred;
+    bool pred, early;
 };
 
 struct Fiber {
