@@ -165,8 +165,8 @@ KV_KERNEL(prefill, AttendParams, THREADS, ROW_TILES) {
         if (place.split_keys && (place.part < place.first_part || place.part >= place.end_part))
             return;
         attend_pass(p, place, shared, raw, state);
-        cp_async_wait<0>(); /* of queries, where there was no tile */
-        sync_threads();     /* nobody reads a tile any more */
+        cp_async_wait<0>();
+        sync_threads(); /* nobody reads a tile any more; queries have come, where none was read */
         put_rows(shared, state);
         if (place.split_keys && !raw) {
             store_part(p, place, shared);
