@@ -24,6 +24,7 @@ from kvcore_gpu.scratch import Scratch
 
 _BLOCK = (128, 1, 1)
 _ROWS_PER_BLOCK = 8
+_LONGEST_STRIDE = 2**31 - 1  # bytes from token to token
 
 
 def append_kv(
@@ -217,12 +218,12 @@ def _user_blocks(
     format = user_blocks.block_format(array, argument, layout)
     if writable and not getattr(array.flags, "writeable", True):
         raise InvalidArgument(f"{argument}: expected a writable array")
-    if not is_readable(runtime, array):
+    slot = user_blocks.block_axis(layout)
+    if not is_readable(runtime, array) or not 0 <= array.strides[slot] <= _LONGEST_STRIDE:
         raise InvalidArgument(
             f"{argument}: expected a dense last axis, and rows at multiples of {ALIGNMENT} bytes, "
-            f"got strides {array.strides}"
+            f"those of a block one after the other, got strides {array.strides}"
         )
-    slot = user_blocks.block_axis(layout)
     head = 3 - slot
     n, d = array.shape[0], array.shape[3]
     shape = n, array.shape[head], array.shape[slot], d

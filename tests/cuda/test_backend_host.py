@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import kvcore
+from kvcore.attend_options import AttendOptions
 from kvcore_gpu.plans import table_width
 from kvcore_gpu.scratch import Scratch
 from support import BFLOAT16, assert_same_bits, random_kv, random_q
@@ -256,6 +257,22 @@ def test_a_layer_that_reads_anothers_cache(rng):
             q = random_q(rng, 3, 4, 64)
             assert_same_bits(step.attend(1, q), step.attend(0, q))
         assert cache.blocks(0)[0] is cache.blocks(1)[0]
+
+
+@pytest.mark.parametrize("view", [np.s_[:, :, ::-1], np.s_[..., 1:65], np.s_[..., ::2]], ids=str)
+def test_blocks_that_kernels_cannot_read(rng, view):
+    blocks = rng.standard_normal((4, 2, 16, 128)).astype(np.float32)[view]
+    q = rng.standard_normal((1, 2, blocks.shape[-1])).astype(np.float32)
+    tables, lens, starts = np.array([[0, 1]], np.int32), [20], [0, 1]
+    operations = kvcore.get_backend("cuda")
+    with pytest.raises(kvcore.InvalidArgument, match=r"^k_blocks: .*got strides"):
+        operations.paged_attention(
+            q, blocks, blocks, tables, lens, starts, "HND", AttendOptions(), False
+        )
+    upwards = np.ascontiguousarray(blocks)[::-1]  # blocks may lie in any order
+    operations.paged_attention(
+        q, upwards, upwards, tables, lens, starts, "HND", AttendOptions(), False
+    )
 
 
 def test_more_sequences_than_a_grid_has_blocks():
