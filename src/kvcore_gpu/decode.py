@@ -12,6 +12,8 @@ WARPS = 4
 MAX_STAGES = 4
 #: What the driver keeps of a multiprocessor's shared memory for each block.
 RESERVED_BYTES = 1024
+#: Shared memory of a block beside `Decode.shared_bytes`, at most.
+STATIC_BYTES = 128
 
 
 def serves(k_format: Format, v_format: Format) -> bool:
@@ -27,7 +29,7 @@ class Decode:
         k_format, v_format, head_dim, head_dim_v: as the layer has them; see `serves`.
         v_in_k: V is the first head_dim_v elements of K.
         query_parts: 1 if q has K's dtype, or bfloat16 where K is quantized; else 2.
-        options: whether anything but causality and a scale is asked for; sinks need nothing.
+        options: whether more than causality and a scale above 0 is asked for; sinks need nothing.
         stages: tiles in a warp's ring.
     """
 
@@ -51,7 +53,7 @@ class Decode:
 
     @property
     def tile(self) -> int:
-        """Keys of a tile."""
+        """Keys of a tile; 16 of raw rows."""
         return GROUP_TOKENS if self.k_format.kind == "channel" else 16
 
     @property
@@ -79,7 +81,7 @@ class Decode:
         query = self.query_parts * _tile_bytes(self.head_dim, self.rows)
         ring = self.stages * self._stage_bytes(encoded=True)
         if self.is_quantized:
-            ring = max(ring, self._stage_bytes(encoded=False))
+            ring = max(ring, self._stage_bytes(encoded=False))  # of raw rows
         sums = 4 * WARPS * self.rows * (self.slice_dim + 8)
         return scalars + query + max(WARPS * ring, sums)
 
@@ -91,9 +93,9 @@ class Decode:
 
     def _operand_bytes(self, format: Format, dim: int, float_dim: int, encoded: bool) -> int:
         if not (format.is_quantized and encoded):
-            return _tile_bytes(float_dim, self.tile)
+            return _tile_bytes(float_dim, self.tile if encoded else 16)
         codes = format.code_nbytes(dim)
-        if format.kind == "row" and codes % 32 == 0:
+        if format.kind == "row" and codes >= 32 and codes & (codes - 1) == 0:
             codes += 16  # rows lie in different banks
         return _round16(self.tile * codes) + _round16(self.tile * format.metadata_nbytes(dim))
 
@@ -117,7 +119,7 @@ def fit(shape: Decode, shared_per_block: int) -> Decode | None:
     """The shape with the longest ring with which as many blocks share a multiprocessor as are to,
     or, where none is short enough, fewer; None where not even one block fits."""
     for blocks in range(shape.blocks, 0, -1):
-        limit = (shared_per_block + RESERVED_BYTES) // blocks - RESERVED_BYTES
+        limit = (shared_per_block + RESERVED_BYTES) // blocks - RESERVED_BYTES - STATIC_BYTES
         for stages in range(MAX_STAGES, 1 if blocks > 1 else 0, -1):
             fitted = replace(shape, stages=stages)
             if fitted.shared_bytes <= limit:

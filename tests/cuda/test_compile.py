@@ -102,8 +102,8 @@ def _decode(
     assert kernel is not None
     # A multiprocessor has 65,536 registers: for two blocks of 128 threads, or for three.
     assert head_dim > 128 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
-    yield Case(kernel.source, {kernel.entry: (168 if kernel.blocks == 3 else 255, 128)},
-               kernel.defines())  # fmt: skip
+    ceiling = 168 if kernel.blocks == 3 else 255, attend_few.STATIC_BYTES
+    yield Case(kernel.source, {kernel.entry: ceiling}, kernel.defines())
 
 
 def simt(format: str, head_dim: int, group: int) -> Case:

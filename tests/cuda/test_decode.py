@@ -168,6 +168,14 @@ class TestFormats:
         call = Call(**RAGGED, heads=2, k_format=format, v_format=format)
         call.check()
 
+    @pytest.mark.parametrize("formats", [("bf16", "bf16"), ("rot8", "rot4")], ids="+".join)
+    @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-42, 3.0])
+    def test_scales(self, formats, scale):
+        """Some keys are masked: nothing times -inf may be a NaN."""
+        k_format, v_format = formats
+        Call((70,), (3,), heads=2, k_format=k_format, v_format=v_format,
+             **({} if "bf16" in formats else {"raw_last": 0})).check(scale=scale)  # fmt: skip
+
     def test_a_bias_and_scales_of_channels(self):
         rng = np.random.default_rng(3)
         scales = rng.uniform(0.02, 0.05, (1, 2, 64))

@@ -144,6 +144,8 @@ KV_DEVICE s32 leading_zeros(u32 x) { return x ? __builtin_clz(x) : 32; }
 /* ---- warps */
 
 KV_DEVICE s32 opaque(s32 x) { return x; }
+KV_DEVICE const u8 *opaque(const u8 *x) { return x; }
+KV_DEVICE u32 kept_constant(u32 c) { return c; }
 
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }
 

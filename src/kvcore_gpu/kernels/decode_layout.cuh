@@ -27,8 +27,9 @@ static_assert(!V_IN_K || (K_FORMAT == V_FORMAT && !QUANTIZED), "V lies in K as f
 constexpr s32 larger(s32 a, s32 b) { return a > b ? a : b; }
 
 /* Keys of a tile: they lie in one block, whatever its size, and are whole groups. */
-constexpr s32 TILE = IS_CHANNEL<K_FORMAT> ? GROUP_TOKENS : 16;
-constexpr s32 KEY_TILES = TILE / 8; /* of m16n8k16, and half as many of its k-steps over keys */
+template <bool RAW> constexpr s32 TILE = IS_CHANNEL<K_FORMAT> && !RAW ? GROUP_TOKENS : 16;
+/* Of m16n8k16, and half as many of its k-steps over keys. */
+template <bool RAW> constexpr s32 KEY_TILES = TILE<RAW> / 8;
 
 /* A block sums a slice of V's elements; those of a long row are shared by several blocks, each of
  * which makes all scores. */
@@ -37,6 +38,8 @@ constexpr s32 SLICES = (HEAD_DIM_V + SLICE_DIM - 1) / SLICE_DIM;
 
 constexpr s32 K_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = SLICE_DIM / 16;
 constexpr s32 K_CHUNKS = 2 * K_STEPS, V_CHUNKS = V_IN_K ? K_CHUNKS : 2 * V_STEPS;
+/* Of raw keys a warp has one or two tiles: their code is to be short. */
+template <bool RAW> constexpr s32 UNROLL = RAW ? 1 : 64;
 /* Fragments of longer queries are loaded for every tile, and where there are few tiles. */
 template <bool RAW> constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128 && !RAW;
 
@@ -54,27 +57,48 @@ constexpr bool SCALED_ROWS = K_ENCODED<RAW> || (K_FORMAT == KV_FORMAT_FP16 && QU
 
 constexpr s32 round16(s32 bytes) { return (bytes + 15) / 16 * 16; }
 
-/* Codes of a row format, from row to row: in different banks at an odd number of 16 bytes. */
+/* Bytes of a row's codes that are copied at once. */
 template <s32 FORMAT, s32 DIM>
-constexpr s32 CODE_PITCH = CODE_BYTES<FORMAT, DIM> + (CODE_BYTES<FORMAT, DIM> % 32 == 0 ? 16 : 0);
+constexpr s32 CODE_UNIT = CODE_BYTES<FORMAT, DIM> % 16 && !IS_CHANNEL<FORMAT> ? 8 : 16;
+/* Codes of a row format, from row to row: powers of two would lie in the same banks. */
+constexpr bool is_power_of_two(s32 x) { return (x & (x - 1)) == 0; }
+template <s32 FORMAT, s32 DIM>
+constexpr s32 CODE_PITCH =
+    CODE_BYTES<FORMAT, DIM> +
+    (CODE_BYTES<FORMAT, DIM> >= 32 && is_power_of_two(CODE_BYTES<FORMAT, DIM>) ? 16 : 0);
 /* Where a tile's metadata begin, behind its codes. */
 template <s32 FORMAT, s32 DIM>
 constexpr s32 TILE_METADATA = IS_CHANNEL<FORMAT> ? GROUP_TOKENS * CODE_BYTES<FORMAT, DIM>
-                                                 : round16(TILE * CODE_PITCH<FORMAT, DIM>);
+                                                 : round16(TILE<false> * CODE_PITCH<FORMAT, DIM>);
 template <s32 FORMAT, s32 DIM>
 constexpr s32 ENCODED_TILE_BYTES =
-    TILE_METADATA<FORMAT, DIM> + round16(TILE * METADATA_BYTES<FORMAT, DIM>);
+    TILE_METADATA<FORMAT, DIM> + round16(TILE<false> * METADATA_BYTES<FORMAT, DIM>);
+
+/* Words side by side that a lane of a key takes at once, which four lanes share. */
+constexpr s32 power_of_two_in(s32 x, s32 most) {
+    s32 power = 1;
+    while (power < most && x % (2 * power) == 0)
+        power *= 2;
+    return power;
+}
+template <s32 FORMAT, s32 DIM>
+constexpr s32 KEY_WORDS = power_of_two_in(DIM / CHUNK<FORMAT>, DIM <= 128 ? 4 : 2);
+/* The same of a value, which eight lanes share; where these are more than words in a chunk and the
+ * chunks odd in number, two lanes have a half of each word. */
+template <s32 FORMAT, s32 DIM> constexpr bool HALF_WORDS = DIM / CHUNK<FORMAT> % 2 != 0;
+template <s32 FORMAT, s32 DIM>
+constexpr s32 VALUE_WORDS =
+    HALF_WORDS<FORMAT, DIM> ? 1 : power_of_two_in(DIM / CHUNK<FORMAT> / 2, DIM <= 128 ? 4 : 2);
 
 template <bool RAW>
 constexpr s32 K_TILE_BYTES =
-    K_ENCODED<RAW> ? ENCODED_TILE_BYTES<K_FORMAT, HEAD_DIM> : TILE_BYTES<K_CHUNKS, TILE>;
+    K_ENCODED<RAW> ? ENCODED_TILE_BYTES<K_FORMAT, HEAD_DIM> : TILE_BYTES<K_CHUNKS, TILE<RAW>>;
 template <bool RAW>
 constexpr s32 V_TILE_BYTES = V_IN_K           ? 0
                              : V_ENCODED<RAW> ? ENCODED_TILE_BYTES<V_FORMAT, HEAD_DIM_V>
-                                              : TILE_BYTES<V_CHUNKS, TILE>;
+                                              : TILE_BYTES<V_CHUNKS, TILE<RAW>>;
 template <bool RAW> constexpr s32 STAGE_BYTES = K_TILE_BYTES<RAW> + V_TILE_BYTES<RAW>;
 
-/* Of raw keys a warp has one or two tiles. */
 template <bool RAW> constexpr s32 RING_STAGES = RAW ? 1 : STAGES;
 template <bool RAW> constexpr s32 WARP_RING_BYTES = RING_STAGES<RAW> * STAGE_BYTES<RAW>;
 constexpr s32 RING_BYTES =

@@ -9,6 +9,7 @@ constexpr s32 PER_LANE = (16 * K_STEPS + 31) / 32; /* elements l, l + 32, ... of
 /* All rows of the tile, one warp each in turn; those that are not there are zeros. */
 template <bool RAW>
 KV_DEVICE void load_queries(const AttendParams &p, const Work &work, const Shared &shared) {
+#pragma unroll 1
     for (s32 row = warp_id(); row < ROWS; row += WARPS) {
         float x[PER_LANE] = {}, factor = 1.0f, bias = 0.0f;
         if (row < work.num_rows) {
@@ -31,25 +32,36 @@ KV_DEVICE void load_queries(const AttendParams &p, const Work &work, const Share
     }
 }
 
-/* Fragments of q. Encoded keys take elements 16 k + 4 (lane % 4) + 0 .. 3 where an mma's k-step has
- * 2 (lane % 4) + 0 .. 1 and + 8 .. 9, as formats.cuh gives levels. */
+/* Fragments of q: a k-step of encoded keys has, in the words that a lane of them takes at once one
+ * after the other, one field (formats.cuh): four neighbours where an mma's has 2 (lane % 4) + 0 .. 1
+ * and + 8 .. 9. */
 template <bool RAW> struct Queries {
     u8 *tile;
     u32 kept[QUERIES_IN_REGISTERS<RAW> ? PARTS<RAW> * K_STEPS : 1][4];
 
-    KV_DEVICE void load(u32 (&a)[4], s32 part, s32 k) const {
+    /* The first of this lane's four elements. */
+    static KV_DEVICE s32 element(s32 step) {
+        constexpr s32 fields = FIELDS<K_FORMAT>, words = KEY_WORDS<K_FORMAT, HEAD_DIM>;
+        const s32 load = step / (fields * words), i = step / fields % words, k = step % fields;
+        if constexpr (IS_CHANNEL<K_FORMAT>)
+            return 16 * step + 4 * (lane_id() & 3);
+        const s32 word = words * (4 * load + (s32)(lane_id() & 3)) + i;
+        return CHUNK<K_FORMAT> * (word >> 2) + 16 * k + 4 * (word & 3);
+    }
+
+    KV_DEVICE void load(u32 (&a)[4], s32 part, s32 step) const {
         u8 *rows = tile + part * QUERY_PART_BYTES;
         if constexpr (K_ENCODED<RAW>) {
-            const s32 row = lane_id() >> 2, w = lane_id() & 3;
+            const s32 row = lane_id() >> 2, d = element(step);
 #pragma unroll
             for (s32 half = 0; half < 2; half++) {
-                const u32 *pairs = reinterpret_cast<const u32 *>(
-                    chunk_of<K_CHUNKS>(rows, row + 8 * half, 2 * k + (w >> 1)) + 8 * (w & 1));
-                a[half] = pairs[0];
-                a[half + 2] = pairs[1];
+                const uint2 pairs = *reinterpret_cast<const uint2 *>(
+                    chunk_of<K_CHUNKS>(rows, row + 8 * half, d >> 3) + 2 * (d & 7));
+                a[half] = pairs.x;
+                a[half + 2] = pairs.y;
             }
         } else {
-            load_rows_fragment<K_CHUNKS>(a, rows, 0, k);
+            load_rows_fragment<K_CHUNKS>(a, rows, 0, step);
         }
     }
 
@@ -61,13 +73,13 @@ template <bool RAW> struct Queries {
         }
     }
 
-    KV_DEVICE void get(u32 (&a)[4], s32 part, s32 k) const {
+    KV_DEVICE void get(u32 (&a)[4], s32 part, s32 step) const {
         if constexpr (QUERIES_IN_REGISTERS<RAW>) {
 #pragma unroll
             for (s32 i = 0; i < 4; i++)
-                a[i] = kept[part * K_STEPS + k][i];
+                a[i] = kept[part * K_STEPS + step][i];
         } else {
-            load(a, part, k);
+            load(a, part, step);
         }
     }
 };

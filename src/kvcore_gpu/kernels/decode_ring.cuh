@@ -3,107 +3,138 @@
 #include "decode_layout.cuh"
 #include "decode_place.cuh"
 
-/* `bytes` that lie together. */
+/* Copies take 16 bytes a lane (8 where rows of codes are no multiple of that), and what a lane takes
+ * first is where its pointers begin. */
+
+/* `BYTES` that lie together. */
 template <s32 BYTES> KV_DEVICE void copy_bytes(u8 *to, const u8 *from, bool there) {
     static_assert(BYTES % 16 == 0, "16 bytes at once");
+    const s32 lane_byte = 16 * (s32)lane_id();
 #pragma unroll
-    for (s32 first = 0; first < BYTES; first += 512) {
-        const s32 at = first + 16 * lane_id();
-        if (at < BYTES)
-            cp_async16(to + at, from + at, there);
+    for (s32 first = 0; first < BYTES; first += 512)
+        if (first + 512 <= BYTES || first + lane_byte < BYTES)
+            cp_async16(to + first + lane_byte, from + first, there);
+}
+
+/* Rows of 16-bit floats, `stride` bytes apart, from chunk `first` on; zeros beyond the row, and for
+ * keys beyond `count` unless the tile is WHOLE. */
+template <bool WHOLE, s32 KEYS, s32 CHUNKS, s32 DIM>
+KV_DEVICE void copy_float_rows(u8 *tile, const u8 *from, u32 stride, s32 first, s32 count) {
+    const s32 lane = (s32)lane_id();
+#pragma unroll UNROLL < !WHOLE>
+    for (s32 i = 0; i < KEYS * CHUNKS / 32; i++) {
+        const s32 at = 32 * i + lane, row = at / CHUNKS, column = at % CHUNKS;
+        const bool there =
+            (WHOLE || row < count) && (DIM == 8 * CHUNKS || first + column < DIM / 8);
+        const s64 further =
+            (u64)(u32)(row - lane / CHUNKS) * stride + 16 * (column - lane % CHUNKS);
+        cp_async16(chunk_of<CHUNKS>(tile, row, column), from + further, there);
     }
 }
 
-/* Rows of 16-bit floats, from chunk `first` on; zeros beyond the row, and for keys beyond `count`. */
-template <s32 CHUNKS, s32 DIM>
-KV_DEVICE void copy_float_rows(u8 *tile, const u8 *rows, s64 stride, s32 first, s32 count) {
-#pragma unroll
-    for (s32 i = 0; i < TILE * CHUNKS / 32; i++) {
-        const s32 at = 32 * i + lane_id(), row = at / CHUNKS, column = at % CHUNKS;
-        const bool there = row < count && first + column < DIM / 8;
-        cp_async16(chunk_of<CHUNKS>(tile, row, column), rows + row * stride + 16 * (first + column),
-                   there);
-    }
-}
-
-/* Codes of a row format and their metadata, which both lie together. */
-template <s32 FORMAT, s32 DIM>
-KV_DEVICE void copy_code_rows(u8 *tile, const u8 *codes, const u8 *metadata, s32 count) {
-    constexpr s32 bytes = CODE_BYTES<FORMAT, DIM>, unit = bytes % 16 ? 8 : 16;
-    constexpr s32 units = bytes / unit;
-#pragma unroll
-    for (s32 i = 0; i < (TILE * units + 31) / 32; i++) {
-        const s32 at = 32 * i + lane_id(), row = at / units;
-        if (TILE * units % 32 && row >= TILE)
+/* Codes of a row format, which lie together where they come from. */
+template <bool WHOLE, s32 KEYS, s32 FORMAT, s32 DIM>
+KV_DEVICE void copy_code_rows(u8 *tile, const u8 *from, s32 count) {
+    constexpr s32 bytes = CODE_BYTES<FORMAT, DIM>, unit = CODE_UNIT<FORMAT, DIM>;
+    constexpr s32 units = bytes / unit, pitch = CODE_PITCH<FORMAT, DIM>;
+    const s32 lane = (s32)lane_id();
+#pragma unroll UNROLL < !WHOLE>
+    for (s32 i = 0; i < (KEYS * units + 31) / 32; i++) {
+        const s32 at = 32 * i + lane, row = at / units;
+        if (KEYS * units % 32 && row >= KEYS)
             break;
-        u8 *to = tile + row * CODE_PITCH<FORMAT, DIM> + at % units * unit;
+        u8 *to = pitch == bytes ? tile + unit * at
+                 : 32 % units == 0
+                     ? tile + (lane / units * pitch + lane % units * unit) + 32 / units * pitch * i
+                     : tile + row * pitch + at % units * unit;
         if constexpr (unit == 16)
-            cp_async16(to, codes + 16 * at, row < count);
+            cp_async16(to, from + 512 * i, WHOLE || row < count);
         else
-            cp_async8(to, codes + 8 * at, row < count);
+            cp_async8(to, from + 256 * i, WHOLE || row < count);
     }
-    if constexpr (METADATA_BYTES<FORMAT, DIM> > 0)
-        copy_bytes<TILE * METADATA_BYTES<FORMAT, DIM>>(tile + TILE_METADATA<FORMAT, DIM>, metadata,
-                                                       count > 0);
 }
 
-/* Keys j to j + TILE - 1 of a place into a tile, of which `count` exist. */
-template <s32 FORMAT, bool ENCODED, s32 CHUNKS, s32 DIM>
-KV_DEVICE void copy_tile(u8 *tile, const Place &place, s32 block, s32 j, s32 first_chunk,
-                         s32 count) {
-    const s32 offset = j & ((1 << place.block_size_log2) - 1);
-    const u8 *rows = place.data + block * place.block_stride;
-    count = block < 0 ? 0 : count;
-    if constexpr (!ENCODED) {
-        copy_float_rows<CHUNKS, DIM>(tile, rows + offset * place.token_stride, place.token_stride,
-                                     first_chunk, count);
-    } else {
-        const u8 *codes = rows + offset * CODE_BYTES<FORMAT, DIM>;
-        const u8 *metadata = rows + place.metadata + offset * METADATA_BYTES<FORMAT, DIM>;
-        if constexpr (IS_CHANNEL<FORMAT>) {
-            copy_bytes<GROUP_TOKENS * CODE_BYTES<FORMAT, DIM>>(tile, codes, count > 0);
-            copy_bytes<GROUP_TOKENS * METADATA_BYTES<FORMAT, DIM>>(
-                tile + TILE_METADATA<FORMAT, DIM>, metadata, count > 0);
+/* K or V: tiles of KEYS keys, CHUNKS chunks of floats each where these are not encoded. */
+template <s32 FORMAT, bool ENCODED, s32 KEYS, s32 CHUNKS, s32 DIM> struct Operand {
+    static constexpr s32 UNIT = ENCODED ? CODE_UNIT<FORMAT, DIM> : 16;
+    const u8 *from; /* of this lane, in block 0 */
+    s64 block_stride, metadata;
+    u32 token_stride;
+
+    KV_DEVICE void start(const Place &place, s32 first) {
+        const s32 lane = (s32)lane_id();
+        block_stride = place.block_stride;
+        token_stride = place.token_stride;
+        if constexpr (ENCODED)
+            from = opaque(place.data + UNIT * lane);
+        else
+            from = opaque(place.data + (u64)(u32)(lane / CHUNKS) * token_stride +
+                          16 * (first + lane % CHUNKS));
+        metadata = place.metadata + (16 - UNIT) * lane;
+    }
+
+    /* Keys `offset` to offset + KEYS - 1 of a block, of which `count` exist, into a tile. Chunk
+     * `first` of floats is the tile's first. */
+    template <bool WHOLE>
+    KV_DEVICE void copy(u8 *tile, s32 block, s32 offset, s32 first, s32 count) const {
+        const u8 *rows = from + (u64)(u32)block * block_stride;
+        if constexpr (!ENCODED) {
+            copy_float_rows<WHOLE, KEYS, CHUNKS, DIM>(tile, rows + (u64)(u32)offset * token_stride,
+                                                      token_stride, first, count);
         } else {
-            copy_code_rows<FORMAT, DIM>(tile, codes, metadata, count);
+            const u8 *codes = rows + (u64)(u32)offset * CODE_BYTES<FORMAT, DIM>;
+            if constexpr (IS_CHANNEL<FORMAT>)
+                copy_bytes<GROUP_TOKENS * CODE_BYTES<FORMAT, DIM>>(tile, codes, WHOLE || count > 0);
+            else
+                copy_code_rows<WHOLE, KEYS, FORMAT, DIM>(tile, codes, count);
+            if constexpr (METADATA_BYTES<FORMAT, DIM> > 0)
+                copy_bytes<KEYS * METADATA_BYTES<FORMAT, DIM>>(
+                    tile + TILE_METADATA<FORMAT, DIM>,
+                    rows + (u64)(u32)offset * METADATA_BYTES<FORMAT, DIM> + metadata,
+                    WHOLE || count > 0);
         }
     }
-}
+};
 
 /* The blocks are looked up one tile ahead, so that no copy waits for its table. */
 template <bool RAW> struct Ring {
-    u8 *stages; /* of this warp */
-    Place k, v;
-    Cursor ahead; /* of the next copy */
+    Operand<K_FORMAT, K_ENCODED<RAW>, TILE<RAW>, K_CHUNKS, HEAD_DIM> k;
+    Operand<V_FORMAT, V_ENCODED<RAW>, TILE<RAW>, V_CHUNKS, HEAD_DIM_V> v;
+    Cursor<RAW, WARPS> ahead; /* of the next copy */
+    TableRow k_table, v_table;
     s32 k_block, v_block;
     s32 first_chunk; /* of V's slice */
     s32 end;         /* of all keys that some row sees */
 
-    KV_DEVICE u8 *k_tile(s32 turn) const {
-        return stages + turn % RING_STAGES<RAW> * STAGE_BYTES<RAW>;
-    }
-    KV_DEVICE u8 *v_tile(s32 turn) const {
-        return V_IN_K ? k_tile(turn) : k_tile(turn) + K_TILE_BYTES<RAW>;
-    }
-
     KV_DEVICE void look_up() {
-        if (!has_tile(ahead))
+        if (!ahead.has_tile())
             return;
-        const s32 j = ahead.at * TILE;
-        k_block = k.table[j >> k.block_size_log2];
-        v_block = V_IN_K ? k_block : v.table[j >> v.block_size_log2];
+        const s32 j = ahead.at * TILE<RAW>;
+        k_block = k_table.block_of(j);
+        if constexpr (RAW) /* one of them may be of a format that is never encoded */
+            v_block = v_table.block_of(j);
     }
 
-    /* Copies the next tile into the place of turn `turn`, if there is one. */
-    KV_DEVICE void copy_next(s32 turn) {
-        if (has_tile(ahead)) {
-            const s32 j = ahead.at * TILE, count = end - j;
-            copy_tile<K_FORMAT, K_ENCODED<RAW>, K_CHUNKS, HEAD_DIM>(k_tile(turn), k, k_block, j, 0,
-                                                                    count);
-            if constexpr (!V_IN_K)
-                copy_tile<V_FORMAT, V_ENCODED<RAW>, V_CHUNKS, HEAD_DIM_V>(v_tile(turn), v, v_block,
-                                                                          j, first_chunk, count);
-            advance(ahead);
+    template <bool WHOLE> KV_DEVICE void copy(u8 *stage, s32 j) const {
+        const s32 count = end - j, offset = k_table.offset_of(j);
+        k.template copy<WHOLE>(stage, k_block, offset, 0, k_block < 0 ? 0 : count);
+        if constexpr (!V_IN_K && !RAW)
+            v.template copy<WHOLE>(stage + K_TILE_BYTES<RAW>, k_block, offset, first_chunk,
+                                   k_block < 0 ? 0 : count);
+        if constexpr (!V_IN_K && RAW)
+            v.template copy<WHOLE>(stage + K_TILE_BYTES<RAW>, v_block, v_table.offset_of(j),
+                                   first_chunk, v_block < 0 ? 0 : count);
+    }
+
+    /* Copies the next tile, if there is one. */
+    KV_DEVICE void copy_next(u8 *stage) {
+        if (ahead.has_tile()) {
+            const s32 j = ahead.at * TILE<RAW>;
+            if (!RAW && k_block >= 0 && j + TILE<RAW> <= end)
+                copy<!RAW>(stage, j);
+            else
+                copy<false>(stage, j);
+            ahead.advance();
             look_up();
         }
         cp_async_commit();
@@ -111,15 +142,17 @@ template <bool RAW> struct Ring {
 };
 
 template <bool RAW>
-KV_DEVICE Ring<RAW> make_ring(const AttendParams &p, const Work &work, const Shared &shared,
-                              const Cursor &cursor) {
+KV_DEVICE Ring<RAW> make_ring(const AttendParams &p, const Work &work,
+                              const Cursor<RAW, WARPS> &cursor) {
     const s32 sequence = work.seq.index;
     Ring<RAW> ring;
-    ring.stages = shared.ring + warp_id() * WARP_RING_BYTES<RAW>;
-    ring.k = place_of(p.k, p.plan, sequence, work.head, RAW);
-    ring.v = place_of(p.v, p.plan, sequence, work.head, RAW);
+    ring.first_chunk = V_IN_K || SLICES == 1 ? 0 : work.slice * (SLICE_DIM / 8);
+    ring.k.start(place_of(p.k, work.head, RAW), 0);
+    ring.v.start(place_of(p.v, work.head, RAW), ring.first_chunk);
+    ring.k_table = table_row(p.k, p.plan, sequence, RAW);
+    ring.v_table = table_row(p.v, p.plan, sequence, RAW);
     ring.ahead = cursor;
-    ring.first_chunk = V_IN_K ? 0 : work.slice * (SLICE_DIM / 8);
+    ring.k_block = ring.v_block = 0;
     ring.end = work.joint.end;
     ring.look_up();
     return ring;

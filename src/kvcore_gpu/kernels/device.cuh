@@ -155,8 +155,23 @@ KV_DEVICE u32 hfma2_bf16(u32 a, u32 b, u32 c) {
     return r;
 }
 
-/* Four bytes out of the eight of (b, a), each chosen by a digit of sel; a's are 0 to 3. */
-KV_DEVICE u32 byte_perm(u32 a, u32 b, u32 sel) { return __byte_perm(a, b, sel); }
+/* Bytes 0 and 1, or 2 and 3, as a pair of float16, where the machine converts e4m3. */
+#if __CUDA_ARCH__ >= 890
+#define KV_CONVERTS_E4M3
+KV_DEVICE u32 e4m3_to_f16(u32 word, s32 upper) {
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)(upper ? word >> 16 : word)));
+    return r;
+}
+#endif
+
+/* Four bytes out of the eight of (b, a), each chosen by one of the lower four digits of sel, 0 to 7;
+ * a's are 0 to 3. (__byte_perm takes more digits, and an instruction to make them these.) */
+KV_DEVICE u32 byte_perm(u32 a, u32 b, u32 sel) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(sel));
+    return r;
+}
 KV_DEVICE s32 count_bits(u32 x) { return __popc(x); }
 KV_DEVICE s32 leading_zeros(u32 x) { return __clz((s32)x); }
 
@@ -167,6 +182,21 @@ KV_DEVICE s32 leading_zeros(u32 x) { return __clz((s32)x); }
 KV_DEVICE s32 opaque(s32 x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+/* The same of a pointer, of whose sum the compiler is to take no part back. */
+KV_DEVICE const u8 *opaque(const u8 *x) {
+    asm("" : "+l"(x));
+    return x;
+}
+
+/* c, of which the assembler is to know nothing, so that it stays in a register: it would move a
+ * constant there again before every instruction that cannot take one. */
+KV_DEVICE u32 kept_constant(u32 c) {
+    u32 r;
+    asm("{ .reg .u32 t; mov.u32 t, %%laneid; shr.u32 t, t, 5; add.u32 %0, t, %1; }"
+        : "=r"(r)
+        : "r"(c));
+    return r;
 }
 
 KV_DEVICE u32 lane_id() { return threadIdx.x & 31; }

@@ -116,25 +116,71 @@ KV_DEVICE u32 spread_fields(u32 bits) {
     return (bits | bits << 1) & 0x55555555u;
 }
 
-/* The words w of a chunk of a row format. rot3's second has an element's upper bit where the first
+/* Words side by side, aligned to as many bytes, or to 16 if they are more. */
+template <s32 N> KV_DEVICE void load_words(const u32 *from, u32 (&words)[N]) {
+    static_assert(N == 1 || N == 2 || N % 4 == 0, "whole accesses");
+    if constexpr (N == 1) {
+        words[0] = *from;
+    } else if constexpr (N == 2) {
+        const uint2 both = *reinterpret_cast<const uint2 *>(from);
+        words[0] = both.x;
+        words[1] = both.y;
+    } else {
+#pragma unroll
+        for (s32 i = 0; i < N; i += 4) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(from + i);
+            words[i] = four.x;
+            words[i + 1] = four.y;
+            words[i + 2] = four.z;
+            words[i + 3] = four.w;
+        }
+    }
+}
+
+/* Words `first` to first + N - 1 of a row, four to a chunk: those of all planes. N is a power of two
+ * that divides `first` and the row's words. rot3's second has an element's upper bit where the first
  * has its field. */
+template <s32 FORMAT, s32 D, s32 N>
+KV_DEVICE void load_row_words(const u8 *row, s32 first, u32 (&words)[N][NUM_WORDS<FORMAT>]) {
+    static_assert(NUM_WORDS<FORMAT> == 1 || N <= 4, "of one chunk");
+    const u32 *plane = reinterpret_cast<const u32 *>(row);
+    const s32 chunk = first >> 2, w = first & 3;
+    u32 a[N];
+    load_words<N>(FORMAT == KV_FORMAT_ROT6 ? plane + 8 * chunk + w : plane + first, a);
+#pragma unroll
+    for (s32 i = 0; i < N; i++)
+        words[i][0] = a[i];
+    if constexpr (FORMAT == KV_FORMAT_ROT6) {
+        u32 b[N], c[N];
+        load_words<N>(plane + 8 * chunk + 4 + w, b);
+        load_words<N>(plane + D / 8 + first, c);
+#pragma unroll
+        for (s32 i = 0; i < N; i++) {
+            words[i][1] = b[i];
+            words[i][2] = c[i];
+        }
+    } else if constexpr (FORMAT == KV_FORMAT_ROT3) {
+        const u32 *upper = plane + D / 16 + chunk / 2 * 4;
+        if (D % 128 && chunk == D / 64 - 1) { /* a unit of eight bytes */
+            words[0][1] = upper[w & 1] >> (w >> 1) & 0x55555555u;
+        } else {
+            u32 b[N];
+            load_words<N>(upper + w, b);
+#pragma unroll
+            for (s32 i = 0; i < N; i++)
+                words[i][1] = spread_fields(b[i] >> (chunk & 1) * 4 & 0x0f0f0f0fu);
+        }
+    }
+}
+
+/* The words w of a chunk. */
 template <s32 FORMAT, s32 D>
 KV_DEVICE void load_codes(const u8 *row, s32 chunk, s32 w, u32 (&words)[NUM_WORDS<FORMAT>]) {
-    if constexpr (FORMAT == KV_FORMAT_ROT6) {
-        const u32 *low = reinterpret_cast<const u32 *>(row) + 8 * chunk + w;
-        words[0] = low[0];
-        words[1] = low[4];
-        words[2] = reinterpret_cast<const u32 *>(row + D / 2)[4 * chunk + w];
-    } else if constexpr (FORMAT == KV_FORMAT_ROT3) {
-        words[0] = reinterpret_cast<const u32 *>(row)[4 * chunk + w];
-        const u32 *upper = reinterpret_cast<const u32 *>(row + D / 4) + chunk / 2 * 4;
-        if (D % 128 && chunk == D / 64 - 1) /* a unit of eight bytes */
-            words[1] = upper[w & 1] >> (w >> 1) & 0x55555555u;
-        else
-            words[1] = spread_fields(upper[w] >> (chunk & 1) * 4 & 0x0f0f0f0fu);
-    } else {
-        words[0] = reinterpret_cast<const u32 *>(row)[4 * chunk + w];
-    }
+    u32 one[1][NUM_WORDS<FORMAT>];
+    load_row_words<FORMAT, D, 1>(row, 4 * chunk + w, one);
+#pragma unroll
+    for (s32 i = 0; i < NUM_WORDS<FORMAT>; i++)
+        words[i] = one[0][i];
 }
 
 /* For values, whose pairs are of two tokens: bytes 0 and 1, then 2 and 3 of both, taken in turn. */
@@ -165,8 +211,16 @@ template <class Float> KV_DEVICE void int8_levels(u32 word, u32 (&pairs)[2]) {
 }
 
 /* The number's bits, moved to where the type has exponent and mantissa, are 2^(7 - BIAS) times what
- * they were, also below 2^-6. */
+ * they were, also below 2^-6. As bfloat16 even what no format stores, NaN, becomes a number: values
+ * that no row sees may be such. */
 template <class Float> KV_DEVICE void e4m3_levels(u32 word, u32 (&pairs)[2]) {
+#ifdef KV_CONVERTS_E4M3
+    if constexpr (Float::MANTISSA == 10) {
+        pairs[0] = e4m3_to_f16(word, 0);
+        pairs[1] = e4m3_to_f16(word, 1);
+        return;
+    }
+#endif
     constexpr s32 shift = 11 - Float::MANTISSA;
     constexpr u32 mask = (0x7f00u >> shift) * 0x10001u;
     constexpr u32 power = ((u32)(2 * Float::BIAS - 7) << Float::MANTISSA) * 0x10001u;
@@ -200,11 +254,12 @@ template <class Float> KV_DEVICE void rot6_levels(const u32 (&words)[3], u32 (&p
 
 /* ---- levels out of tables: rot4, rot3, rot2 -------------------------------------------------- */
 
-/* Entry i of a table of up to eight: magnitudes (rot4), or the levels of codes (rot3, rot2). */
+/* Entry i of a table of eight: magnitudes (rot4), the levels of codes (rot3), or from 4 on (rot2). */
 template <class Float, s32 BITS> KV_DEVICE constexpr u32 table_entry(s32 i) {
-    return i >= 8 || i >= 1 << BITS ? 0
-           : BITS == 4              ? float_bits<Float>(table_level<BITS>(i))
-                                    : float_bits<Float>(signed_level<BITS>(i));
+    return BITS == 4   ? float_bits<Float>(table_level<BITS>(i))
+           : BITS == 3 ? float_bits<Float>(signed_level<BITS>(i))
+           : i < 4     ? 0
+                       : float_bits<Float>(signed_level<BITS>(i - 4));
 }
 /* Byte `byte` of entries first to first + 3. */
 template <class Float, s32 BITS> KV_DEVICE constexpr u32 table_bytes(s32 first, s32 byte) {
@@ -214,43 +269,78 @@ template <class Float, s32 BITS> KV_DEVICE constexpr u32 table_bytes(s32 first, 
     return bytes;
 }
 
+/* Entries 0 to 3 of a table, by bytes: half of what byte_perm looks up in. And the bits of words
+ * that are no digits of it. */
+struct HalfTable {
+    u32 low, high, others;
+};
+template <class Float, s32 BITS> KV_DEVICE constexpr HalfTable half_table() {
+    return {table_bytes<Float, BITS>(0, 0), table_bytes<Float, BITS>(0, 1), 0x88888888u};
+}
+
 /* The entries that the lower four digits of `digits` name, with the signs of the bytes of `signs`:
  * of two bytes' fields, the lower field of both and then the upper one of both. */
 template <class Float, s32 BITS>
-KV_DEVICE void look_up(u32 digits, u32 signs, u32 &lower_fields, u32 &upper_fields) {
-    constexpr u32 low0 = table_bytes<Float, BITS>(0, 0), low4 = table_bytes<Float, BITS>(4, 0);
-    constexpr u32 high0 = table_bytes<Float, BITS>(0, 1), high4 = table_bytes<Float, BITS>(4, 1);
-    const u32 low = byte_perm(low0, low4, digits);
-    const u32 high = byte_perm(high0, high4, digits) ^ (signs & 0x80808080u);
+KV_DEVICE void look_up(const HalfTable &half, u32 digits, u32 signs, u32 &lower_fields,
+                       u32 &upper_fields) {
+    constexpr u32 low4 = table_bytes<Float, BITS>(4, 0), high4 = table_bytes<Float, BITS>(4, 1);
+    const u32 low = byte_perm(half.low, low4, digits);
+    const u32 high = byte_perm(half.high, high4, digits) ^ (signs & 0x80808080u);
     lower_fields = byte_perm(low, high, 0x6240);
     upper_fields = byte_perm(low, high, 0x7351);
 }
 
 /* Codes below 8 stand for negative levels, backwards. */
-template <class Float> KV_DEVICE void rot4_levels(u32 word, u32 (&pairs)[2][2]) {
-    const u32 below = ~word & 0x88888888u, lower_below = below << 4;
-    const u32 digits = (word ^ (below - (below >> 3))) & 0x77777777u;
-    look_up<Float, 4>(digits, byte_perm(lower_below, below, 0x5140), pairs[0][0], pairs[1][0]);
-    look_up<Float, 4>(digits >> 16, byte_perm(lower_below, below, 0x7362), pairs[0][1],
+template <class Float>
+KV_DEVICE void rot4_levels(u32 word, u32 (&pairs)[2][2], const HalfTable &half) {
+    const u32 below = ~word & half.others, lower_below = below << 4;
+    const u32 digits = (word ^ (below - (below >> 3))) & ~half.others;
+    look_up<Float, 4>(half, digits, byte_perm(lower_below, below, 0x5140), pairs[0][0],
+                      pairs[1][0]);
+    look_up<Float, 4>(half, digits >> 16, byte_perm(lower_below, below, 0x7362), pairs[0][1],
                       pairs[1][1]);
 }
 
-/* Two bits of each code in `fields`, and for rot3 the third in `upper`, as load_codes gives it. */
-template <class Float, s32 BITS>
-KV_DEVICE void two_bit_levels(u32 fields, u32 upper, u32 (&pairs)[4][2]) {
+/* Two bits of each code in `fields`, and for rot3 the third in `upper`, as load_row_words gives it. */
+template <class Float>
+KV_DEVICE void rot3_levels(u32 fields, u32 upper, u32 (&pairs)[4][2], const HalfTable &half) {
 #pragma unroll
     for (s32 k = 0; k < 2; k++) {
         const u32 digits = (fields >> 2 * k & 0x33333333u) | (upper << (2 - 2 * k) & 0x44444444u);
-        look_up<Float, BITS>(digits, 0, pairs[k][0], pairs[k + 2][0]);
-        look_up<Float, BITS>(digits >> 16, 0, pairs[k][1], pairs[k + 2][1]);
+        look_up<Float, 3>(half, digits, 0, pairs[k][0], pairs[k + 2][0]);
+        look_up<Float, 3>(half, digits >> 16, 0, pairs[k][1], pairs[k + 2][1]);
+    }
+}
+
+/* Four entries, as the second half of a table. */
+template <class Float> KV_DEVICE void rot2_levels(u32 fields, u32 (&pairs)[4][2]) {
+#pragma unroll
+    for (s32 k = 0; k < 2; k++) {
+        const u32 digits = (fields >> 2 * k & 0x33333333u) | 0x44444444u;
+        look_up<Float, 2>(HalfTable{}, digits, 0, pairs[k][0], pairs[k + 2][0]);
+        look_up<Float, 2>(HalfTable{}, digits >> 16, 0, pairs[k][1], pairs[k + 2][1]);
     }
 }
 
 /* ---- any format ------------------------------------------------------------------------------ */
 
+/* What `levels` takes of a format's table, and the same in registers, for loops. */
+template <s32 FORMAT, class Float> KV_DEVICE constexpr HalfTable table_of() {
+    return FORMAT == KV_FORMAT_ROT4   ? half_table<Float, 4>()
+           : FORMAT == KV_FORMAT_ROT3 ? half_table<Float, 3>()
+                                      : HalfTable{};
+}
+template <s32 FORMAT, class Float> KV_DEVICE HalfTable kept_table() {
+    constexpr HalfTable table = table_of<FORMAT, Float>();
+    if constexpr (FORMAT == KV_FORMAT_ROT4 || FORMAT == KV_FORMAT_ROT3)
+        return {kept_constant(table.low), kept_constant(table.high), kept_constant(table.others)};
+    return table;
+}
+
 /* pairs[k]: the levels of field k, bytes 0 and 1, then 2 and 3. Where HAS_MINIMUM, the codes. */
 template <s32 FORMAT, class Float>
-KV_DEVICE void levels(const u32 (&words)[NUM_WORDS<FORMAT>], u32 (&pairs)[FIELDS<FORMAT>][2]) {
+KV_DEVICE void levels(const u32 (&words)[NUM_WORDS<FORMAT>], u32 (&pairs)[FIELDS<FORMAT>][2],
+                      const HalfTable &table = table_of<FORMAT, Float>()) {
     static_assert(!IS_FLOAT<FORMAT>, "floats have no levels");
     if constexpr (FORMAT == KV_FORMAT_FP8_E4M3)
         e4m3_levels<Float>(words[0], pairs[0]);
@@ -261,9 +351,9 @@ KV_DEVICE void levels(const u32 (&words)[NUM_WORDS<FORMAT>], u32 (&pairs)[FIELDS
     else if constexpr (FORMAT == KV_FORMAT_ROT6)
         rot6_levels<Float>(words, pairs);
     else if constexpr (FORMAT == KV_FORMAT_ROT4)
-        rot4_levels<Float>(words[0], pairs);
+        rot4_levels<Float>(words[0], pairs, table);
     else if constexpr (FORMAT == KV_FORMAT_ROT3)
-        two_bit_levels<Float, 3>(words[0], words[1], pairs);
+        rot3_levels<Float>(words[0], words[1], pairs, table);
     else
-        two_bit_levels<Float, 2>(words[0], 0, pairs);
+        rot2_levels<Float>(words[0], pairs);
 }

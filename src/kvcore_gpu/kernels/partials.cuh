@@ -47,33 +47,46 @@ KV_DEVICE bool is_last_block(const AttendParams &p, const Work &work, s32 blocks
  * one split of 32; weights then come from there. */
 template <s32 DIM, s32 N>
 KV_DEVICE State merge_splits(const AttendParams &p, const Work &work, s32 row, float (&o)[N]) {
-    constexpr s32 UNROLL = N <= 4 ? 8 : N <= 8 ? 4 : 1;
-    const s32 lane = lane_id(), first = work.first_split & -32;
+    constexpr s32 TOGETHER = N <= 4 ? 4 : N <= 8 ? 2 : 1; /* splits whose loads are under way */
+    const s32 first_split = shfl(work.first_split, 0), end_split = shfl(work.end_split, 0);
+    const s32 lane = lane_id(), first = first_split & -32;
+    const auto state_of = [&](s32 split) {
+        return first_split <= split && split < end_split
+                   ? load_state(p, partial_index(p, work, row, split))
+                   : empty_state();
+    };
     State merged = empty_state();
-    for (s32 base = first; base < work.end_split; base += 32) {
-        const s32 split = base + lane;
-        const bool there = work.first_split <= split && split < work.end_split;
-        if (there)
-            merged.m = fmaxf(merged.m, load_state(p, partial_index(p, work, row, split)).m);
-    }
+#pragma unroll 1
+    for (s32 base = first; base < end_split; base += 32)
+        merged.m = fmaxf(merged.m, state_of(base + lane).m);
     merged.m = reduce_max(merged.m);
     const float top = finite_maximum(merged.m);
-    for (s32 base = first; base < work.end_split; base += 32) {
-        const s32 split = base + lane;
-        const bool there = work.first_split <= split && split < work.end_split;
-        const State state =
-            there ? load_state(p, partial_index(p, work, row, split)) : empty_state();
+    const float *const first_out =
+        p.partial_out + partial_index(p, work, row, first_split) * DIM + lane;
+#pragma unroll 1
+    for (s32 base = first; base < end_split; base += 32) {
+        const State state = state_of(base + lane);
         const float weight = exp2_approx(state.m - top);
         merged.l += reduce_add(state.l * weight);
-        const s32 begin = max(base, work.first_split), end = min(base + 32, work.end_split);
-#pragma unroll UNROLL
-        for (s32 s = begin; s < end; s++) {
-            const float take = shfl(weight, s & 31);
-            const float *from = p.partial_out + partial_index(p, work, row, s) * DIM;
+        const s32 end = min(base + 32, end_split);
+#pragma unroll 1
+        for (s32 split = max(base, first_split); split < end; split += TOGETHER) {
+            const float *from = first_out + (s64)(split - first_split) * DIM;
+            float x[TOGETHER][N];
 #pragma unroll
-            for (s32 i = 0; i < N; i++)
-                if (DIM % 32 == 0 || 32 * i + lane < DIM)
-                    o[i] = fmaf(load_l2(from + 32 * i + lane), take, o[i]);
+            for (s32 j = 0; j < TOGETHER; j++)
+#pragma unroll
+                for (s32 i = 0; i < N; i++)
+                    x[j][i] = split + j < end && (DIM % 32 == 0 || 32 * i + lane < DIM)
+                                  ? load_l2(from + j * DIM + 32 * i)
+                                  : 0.0f;
+#pragma unroll
+            for (s32 j = 0; j < TOGETHER; j++) {
+                const float take = shfl(weight, (split + j) & 31); /* 0 beyond the last split */
+#pragma unroll
+                for (s32 i = 0; i < N; i++)
+                    o[i] = fmaf(x[j][i], take, o[i]);
+            }
         }
     }
     return merged;
@@ -88,7 +101,7 @@ KV_DEVICE void undo_transform(const AttendParams &p, s32 head, float (&o)[N]) {
     for (s32 i = 0; i < N; i++) {
         const s32 d = 32 * i + lane_id();
         if (IS_ROTATED<FORMAT>)
-            o[i] = with_sign(o[i], rotation_sign(d));
+            o[i] = with_sign(o[i], rotation_sign_of_lane(i));
         if (FORMAT == KV_FORMAT_INT8_STATIC && d < DIM)
             o[i] *= p.v.scales[head * DIM + d];
     }

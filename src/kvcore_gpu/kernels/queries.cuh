@@ -27,7 +27,7 @@ KV_DEVICE void transform_query_row(const AttendParams &p, s32 head, float (&x)[N
         if (FORMAT == KV_FORMAT_INT8_STATIC && d < DIM)
             x[i] *= p.k.scales[head * DIM + d];
         if (IS_ROTATED<FORMAT>)
-            x[i] = with_sign(x[i], rotation_sign(d));
+            x[i] = with_sign(x[i], rotation_sign_of_lane(i));
     }
     if constexpr (IS_ROTATED<FORMAT>)
         rotate_row<DIM>(x);
@@ -58,7 +58,7 @@ template <s32 N> KV_DEVICE float scale_row(float (&x)[N]) {
 #pragma unroll
     for (s32 i = 0; i < N; i++)
         x[i] *= power;
-    return 1.0f / power;
+    return inverse_of_power(power);
 }
 
 /* Rounds a row to bfloat16 or float16, and what that leaves again for a second part; the parts' tiles

@@ -27,6 +27,10 @@ KV_DEVICE constexpr u32 rotation_signs(s32 i) {
     constexpr SignWords signs = make_sign_words();
     return signs.word[i];
 }
+/* That of element 32 i + lane. */
+KV_DEVICE u32 rotation_sign_of_lane(s32 i) {
+    return rotation_signs(i) << (31 - lane_id()) & 0x80000000u;
+}
 KV_DEVICE float with_sign(float x, u32 sign) { return u32_as_float(float_as_u32(x) ^ sign); }
 
 /* (a, b) := (a + b, a - b) */

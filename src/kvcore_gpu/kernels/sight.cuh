@@ -111,13 +111,13 @@ KV_DEVICE bool reads_raw(const Sequence &seq, const Sight &sight, s32 j) {
     return seq.has_raw && (j < seq.raw_first || j >= sight.raw_begin);
 }
 
-/* Whether each token sees every key of [first, last] that it is asked for: nothing is to be masked. */
-KV_DEVICE bool sees_all(const AttendParams &p, const Sight &sight, s32 first, s32 last) {
+/* Whether it may be that a key between sight.begin and sight.end is not seen. */
+KV_DEVICE bool may_miss_some(const AttendParams &p, const Sight &sight) {
 #if OPTIONS
-    if (sight.mask || (p.window > 0 && p.positions))
-        return false;
+    return sight.mask || (p.window > 0 && p.positions);
+#else
+    return false;
 #endif
-    return sight.begin <= first && last < sight.end;
 }
 
 /* s = q . k as the softmax takes it, to base 2: scaled, capped and moved. */

@@ -129,26 +129,27 @@ KV_DEVICE void add_value(RowState<Keys, Values> &state, float s, const Values &v
 /* The keys of a stream, one after the other, the next one under way. */
 template <class Keys, class Values, bool RAW> struct Stream {
     Place k, v;
-    Cursor cursor;
+    TableRow k_table, v_table;
+    Cursor<RAW, STREAMS> cursor;
     Keys keys;
     Values values;
     s32 key; /* what is held; -1: nothing */
 
     KV_DEVICE void load_next(s32 end, s32 lane) {
         key = -1;
-        if (!has_tile(cursor))
+        if (!cursor.has_tile())
             return;
         const s32 j = cursor.at;
-        advance(cursor);
-        const s32 k_block = k.table[j >> k.block_size_log2];
-        const s32 v_block = v.table[j >> v.block_size_log2];
+        cursor.advance();
+        const s32 k_block = k_table.block_of(j);
+        const s32 v_block = v_table.block_of(j);
         if (j >= end || k_block < 0 || v_block < 0)
             return;
         key = j;
         keys.load(k.data + k_block * k.block_stride, k.token_stride, k.metadata,
-                  j & ((1 << k.block_size_log2) - 1), lane);
+                  k_table.offset_of(j), lane);
         values.load(v.data + v_block * v.block_stride, v.token_stride, v.metadata,
-                    j & ((1 << v.block_size_log2) - 1), lane);
+                    v_table.offset_of(j), lane);
     }
 };
 
@@ -198,16 +199,18 @@ KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared
     typedef Elements<V_FORMAT, RAW, HEAD_DIM_V, LANES> Values;
     const s32 lane = lane_id() % LANES, stream_number = threadIdx.x / LANES;
     Stream<Keys, Values, RAW> next;
-    next.k = place_of(p.k, p.plan, work.seq.index, work.head, RAW);
-    next.v = place_of(p.v, p.plan, work.seq.index, work.head, RAW);
-    next.cursor = cursor_of(tiles_of<1>(p, work), stream_number, STREAMS);
+    next.k = place_of(p.k, work.head, RAW);
+    next.v = place_of(p.v, work.head, RAW);
+    next.k_table = table_row(p.k, p.plan, work.seq.index, RAW);
+    next.v_table = table_row(p.v, p.plan, work.seq.index, RAW);
+    next.cursor = cursor_of<STREAMS>(tiles_of<RAW, 1>(p, work), stream_number);
     next.load_next(work.joint.end, lane);
     load_queries<RAW>(p, work, shared);
     RowState<Keys, Values> rows[ROWS];
 #pragma unroll
     for (s32 r = 0; r < ROWS; r++)
         start_row(p, work, shared, r, lane, rows[r]);
-    while (any(next.key >= 0 || has_tile(next.cursor))) {
+    while (any(next.key >= 0 || next.cursor.has_tile())) {
         const Stream<Keys, Values, RAW> now = next;
         next.load_next(work.joint.end, lane);
 #pragma unroll

@@ -10,27 +10,36 @@
 /* What m is taken from, where no key was seen yet: -inf - -inf would be a NaN. */
 KV_DEVICE float finite_maximum(float m) { return m == MINUS_INFINITY ? 0.0f : m; }
 
-/* s := 2^(s - m), m the maximum of both rows so far; what was summed before is to be multiplied by
- * `factors`. Scores of keys that a row does not see are -inf, their weights exactly 0, and a tile of
- * which it sees nothing leaves its state as it was, to the bit. A NaN stays one. */
-template <s32 N> KV_DEVICE void weigh_tile(float (&s)[N][4], float (&m)[2], float (&factors)[2]) {
+/* s := 2^(c s - m), m the maximum of c s of both rows so far and c > 0 what a row's scores are still to
+ * be multiplied with; what was summed before is to be multiplied by `factors`. Scores of keys that a
+ * row does not see are -inf, their weights exactly 0, and a tile of which it sees nothing leaves its
+ * state as it was, to the bit. A NaN stays one. */
+template <s32 N>
+KV_DEVICE void weigh_tile(float (&s)[N][4], float (&m)[2], const float (&c)[2],
+                          float (&factors)[2]) {
 #pragma unroll
     for (s32 half = 0; half < 2; half++) {
-        float top = m[half];
+        float top = s[0][2 * half];
 #pragma unroll
         for (s32 n = 0; n < N; n++)
             top = fmaxf(top, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
         top = fmaxf(top, shfl_xor(top, 1));
         top = fmaxf(top, shfl_xor(top, 2));
+        top = fmaxf(m[half], top * c[half]);
         const float base = finite_maximum(top);
         factors[half] = exp2_approx(m[half] - base);
         m[half] = top;
 #pragma unroll
         for (s32 n = 0; n < N; n++) {
-            s[n][2 * half] = exp2_approx(s[n][2 * half] - base);
-            s[n][2 * half + 1] = exp2_approx(s[n][2 * half + 1] - base);
+            s[n][2 * half] = exp2_approx(fmaf(s[n][2 * half], c[half], -base));
+            s[n][2 * half + 1] = exp2_approx(fmaf(s[n][2 * half + 1], c[half], -base));
         }
     }
+}
+
+template <s32 N> KV_DEVICE void weigh_tile(float (&s)[N][4], float (&m)[2], float (&factors)[2]) {
+    const float ones[2] = {1.0f, 1.0f};
+    weigh_tile(s, m, ones, factors);
 }
 
 /* Two weights as a pair of the mma's type; what they were rounded to is added to `sum`, so that the

@@ -86,3 +86,6 @@ KV_DEVICE float power_for_f16(float magnitude) {
     const s32 exponent = min(max((s32)(float_as_u32(magnitude) >> 23), 14), 253);
     return u32_as_float((u32)(267 - exponent) << 23);
 }
+
+/* 1 / x for what it gives: 2^e is a normal number, and its inverse too. */
+KV_DEVICE float inverse_of_power(float x) { return u32_as_float((254u << 23) - float_as_u32(x)); }

@@ -73,57 +73,64 @@ template <s32 ROWS, s32 SLICES> KV_DEVICE bool find_work(const AttendParams &p, 
     return work.first_split <= work.part && work.part < work.end_split;
 }
 
-/* Keys [begin, end) of a part that its tiles are to cover, in one range or in two; tiles are counted
- * from the sequence's first key. */
-struct Ranges {
+/* Tiles of a part, counted from the sequence's first key: one range, or two of raw keys. */
+template <bool RAW> struct Ranges {
+    s32 first, end;
+};
+template <> struct Ranges<true> {
     s32 first, end, second, second_end;
 };
 
-template <s32 TILE> KV_DEVICE Ranges tiles_of(const AttendParams &p, const Work &work) {
-    const Sequence &seq = work.seq;
-    if (work.part < p.num_splits) {
+template <bool RAW, s32 TILE>
+KV_DEVICE Ranges<RAW> tiles_of(const AttendParams &p, const Work &work) {
+    if constexpr (RAW) {
+        const JointSight &joint = work.joint;
+        Ranges<RAW> ranges;
+        ranges.first = joint.begin / TILE;
+        ranges.end = (min(joint.end, work.seq.raw_first) + TILE - 1) / TILE;
+        ranges.second =
+            max(max(joint.begin, joint.raw_begin) / TILE, max(ranges.end, ranges.first));
+        ranges.second_end = (joint.end + TILE - 1) / TILE;
+        return ranges;
+    } else {
         const s32 begin = max(work.begin, work.part << SPLIT_LOG2);
         const s32 end = min(work.end, (work.part + 1) << SPLIT_LOG2);
-        return {begin / TILE, (end + TILE - 1) / TILE, NEVER, 0};
+        return {begin / TILE, (end + TILE - 1) / TILE};
     }
-    const JointSight &joint = work.joint;
-    Ranges ranges;
-    ranges.first = joint.begin / TILE;
-    ranges.end = (min(joint.end, seq.raw_first) + TILE - 1) / TILE;
-    ranges.second = max(max(joint.begin, joint.raw_begin) / TILE, max(ranges.end, ranges.first));
-    ranges.second_end = (joint.end + TILE - 1) / TILE;
-    return ranges;
 }
 
-/* The tiles of one of `step` warps (or groups of lanes): those whose number is `phase` modulo
- * `step`, so that who takes a key depends on where it is stored alone. */
-struct Cursor {
-    Ranges ranges;
-    s32 at, step;
+/* The tiles of one of STEP warps (or groups of lanes): those whose number is its own modulo STEP, a
+ * power of two, so that who takes a key depends on where it is stored alone. */
+template <bool RAW, s32 STEP> struct Cursor {
+    Ranges<RAW> ranges;
+    s32 at;
+
+    KV_DEVICE bool has_tile() const { return at < ranges.end; }
+
+    KV_DEVICE void start(s32 first, s32 phase) { at = first + ((phase - first) & (STEP - 1)); }
+
+    /* On to the second range. */
+    KV_DEVICE void settle(s32 phase) {
+        if constexpr (RAW)
+            if (at >= ranges.end && ranges.second < ranges.second_end) {
+                start(ranges.second, phase);
+                ranges.end = ranges.second_end;
+                ranges.second = NEVER;
+            }
+    }
+
+    KV_DEVICE void advance() {
+        const s32 phase = at & (STEP - 1);
+        at += STEP;
+        settle(phase);
+    }
 };
 
-KV_DEVICE s32 first_from(s32 begin, s32 phase, s32 step) {
-    return begin + ((phase - begin) & (step - 1)); /* step is a power of two */
-}
-
-KV_DEVICE bool has_tile(const Cursor &cursor) { return cursor.at < cursor.ranges.end; }
-
-KV_DEVICE void settle(Cursor &cursor, s32 phase) {
-    if (cursor.at >= cursor.ranges.end && cursor.ranges.second < cursor.ranges.second_end) {
-        cursor.at = first_from(cursor.ranges.second, phase, cursor.step);
-        cursor.ranges.end = cursor.ranges.second_end;
-        cursor.ranges.second = NEVER;
-    }
-}
-
-KV_DEVICE Cursor cursor_of(const Ranges &ranges, s32 phase, s32 step) {
-    Cursor cursor = {ranges, first_from(ranges.first, phase, step), step};
-    settle(cursor, phase);
+template <s32 STEP, bool RAW>
+KV_DEVICE Cursor<RAW, STEP> cursor_of(const Ranges<RAW> &ranges, s32 phase) {
+    Cursor<RAW, STEP> cursor;
+    cursor.ranges = ranges;
+    cursor.start(ranges.first, phase);
+    cursor.settle(phase);
     return cursor;
-}
-
-KV_DEVICE void advance(Cursor &cursor) {
-    const s32 phase = cursor.at & (cursor.step - 1);
-    cursor.at += cursor.step;
-    settle(cursor, phase);
 }
