@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvcore.formats import get_format
 from kvcore_gpu import compiler, decode
@@ -35,8 +35,7 @@ HEADER = "| K/V | instructions for 16 keys | of the kernel |\n| --- | --- | --- 
 WANTED = ("LDGSTS", "LDG")
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One of a listing: its opcode, and the numbers of those that may follow it."""
 
     opcode: str
@@ -49,7 +48,7 @@ def find_nvdisasm() -> Path:
     for path in [shutil.which("nvdisasm"), *sorted(wheel.glob("*/bin/nvdisasm"))]:
         if path is not None:
             return Path(path)
-    raise SystemExit("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
+    raise FileNotFoundError("nvdisasm is missing: pip install nvidia-cuda-nvdisasm")
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -117,6 +116,8 @@ def count_round(code: list[Instruction], products: int) -> int:
     """The instructions of one round of the loop that has so many products and most copies."""
     starts = {j for i, one in enumerate(code) for j in one.following if j <= i}
     rounds = [way for start in starts if (way := round_of(code, start, products)) is not None]
+    if not rounds:
+        raise ValueError(f"no loop with {products} products")
     return -max(rounds)[-1]
 
 
