@@ -104,16 +104,20 @@ def build() -> str | None:
     probe = [sys.executable, "-c", "import kvcore"]
     if subprocess.run(probe, cwd=ROOT, env=environment(), capture_output=True).returncode == 0:
         return None
-    return f"kvcore cannot be built: {last_line(done.stderr)}"
+    return "\n".join(["kvcore cannot be built:", *end_of(done.stdout + done.stderr)])
 
 
 def unavailable() -> str | None:
     """Why there is no device; None where there is one."""
-    code = "import kvcore; kvcore.get_backend('cuda')"
+    code = (
+        "import kvcore, sys\n"
+        "try: kvcore.get_backend('cuda')\n"
+        "except kvcore.BackendUnavailable as error: sys.exit(str(error))"
+    )
     done = finish([sys.executable, "-c", code], LIMITS["device"])
     if not done.reason:
         return None
-    return done.reason.removeprefix("kvcore.errors.BackendUnavailable: ")
+    return "\n".join(done.log) or done.reason
 
 
 def run_part(name: str, seconds: float, quick: bool) -> list[dict[str, Any]]:
