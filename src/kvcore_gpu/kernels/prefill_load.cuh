@@ -94,33 +94,35 @@ KV_DEVICE void load_rows(u8 *tile, const Blocks &blocks, s32 head, s32 block, s3
     }
 }
 
-/* `bytes` of each token's from `at` on in a block's tile; zeros for tokens in no wanted run. */
+/* BYTES of each token's from `at` on in a block's tile, TOKENS of them side by side in any block;
+ * zeros for tokens in no wanted run. */
 template <s32 BYTES, s32 TOKENS>
-KV_DEVICE void load_bytes(u8 *to, const Blocks &blocks, s32 head, s64 at, s32 block_of_run,
-                          s32 first) {
+KV_DEVICE void load_bytes(u8 *to, const Blocks &blocks, s32 head, s64 at, s32 block, s32 first) {
     static_assert(BYTES * TOKENS % 16 == 0, "whole copies");
-    const u8 *data = blocks.data + head * blocks.head_stride + at;
-    const s32 in_block = (1 << blocks.block_size_log2) - 1;
-#pragma unroll 1
-    for (s32 run = 0; run < KEYS; run += TOKENS) {
-        const s32 block = shfl(block_of_run, run / RUN);
-        const u8 *bytes = data + block * blocks.block_stride + (first + run & in_block) * BYTES;
-#pragma unroll 1
-        for (s32 i = 16 * threadIdx.x; i < BYTES * TOKENS; i += 16 * THREADS)
-            cp_async16(to + run * BYTES + i, bytes + i, block >= 0);
+    constexpr u32 chunks = BYTES * TOKENS / 16, total = BYTES * KEYS / 16;
+    const u32 there = ballot(block >= 0);
+    const s32 in_block = first + RUN * (lane_id() % RUNS) & (1 << blocks.block_size_log2) - 1;
+    /* Of the run with the lane's number. */
+    const u8 *bytes = blocks.data + head * blocks.head_stride + at + block * blocks.block_stride +
+                      in_block * BYTES;
+    const u32 thread = opaque(threadIdx.x);
+#pragma unroll
+    for (u32 start = 0; start < total; start += THREADS) {
+        const u32 i = start + thread, run = i / chunks * (TOKENS / RUN);
+        const u8 *from = reinterpret_cast<const u8 *>(shfl(reinterpret_cast<u64>(bytes), run));
+        if (start + THREADS <= total || i < total)
+            cp_async16(to + 16 * i, from + 16 * (i % chunks), there >> run & 1);
     }
 }
 
 /* Codes and then metadata, each without gaps. */
 template <s32 FORMAT, s32 DIM>
-KV_DEVICE void load_codes_of_tile(u8 *to, const Blocks &blocks, s32 head, s32 block_of_run,
-                                  s32 first) {
+KV_DEVICE void load_codes_of_tile(u8 *to, const Blocks &blocks, s32 head, s32 block, s32 first) {
     constexpr s32 tokens = IS_CHANNEL<FORMAT> ? GROUP_TOKENS : RUN;
-    load_bytes<CODE_BYTES<FORMAT, DIM>, tokens>(to, blocks, head, 0, block_of_run, first);
+    load_bytes<CODE_BYTES<FORMAT, DIM>, tokens>(to, blocks, head, 0, block, first);
     if constexpr (METADATA_BYTES<FORMAT, DIM> > 0)
         load_bytes<METADATA_BYTES<FORMAT, DIM>, tokens>(to + KEYS * CODE_BYTES<FORMAT, DIM>, blocks,
-                                                        head, blocks.metadata_offset, block_of_run,
-                                                        first);
+                                                        head, blocks.metadata_offset, block, first);
 }
 
 template <s32 FORMAT, s32 CHUNKS, s32 DIM>
