@@ -74,42 +74,85 @@ template <s32 CHUNKS> KV_DEVICE void store_four(u8 *tile, s32 row, s32 d, u32 lo
 
 /* The numbers that four codes stand for, times `power`. */
 template <bool IS_BF16>
-KV_DEVICE void decode_four(u32 (&pairs)[2], const u16 *minima, s32 count, const s32 (&at)[4],
+KV_DEVICE void decode_four(u32 (&pairs)[2], const float (&minima)[4], const float (&steps)[4],
                            float power) {
     float x[4];
 #pragma unroll
-    for (s32 i = 0; i < 4; i++)
-        x[i] = power * decode_element(minima, count, at[i],
-                                      unpack<IS_BF16>((u16)(pairs[i / 2] >> 16 * (i & 1))));
+    for (s32 i = 0; i < 4; i++) {
+        const float level = unpack<IS_BF16>((u16)(pairs[i / 2] >> 16 * (i & 1)));
+        x[i] = power * (minima[i] + level * steps[i]);
+    }
     pairs[0] = pack<IS_BF16>(x[0], x[1]);
     pairs[1] = pack<IS_BF16>(x[2], x[3]);
 }
 
-/* Row formats. A value that nobody wants becomes zeros, as its minimum may be a NaN. */
+/* Four neighbours of metadata. */
+KV_DEVICE void load_four(const u16 *from, float (&x)[4]) {
+    const uint2 words = *reinterpret_cast<const uint2 *>(from);
+    x[0] = u32_as_float(words.x << 16);
+    x[1] = u32_as_float(words.x & 0xffff0000u);
+    x[2] = u32_as_float(words.y << 16);
+    x[3] = u32_as_float(words.y & 0xffff0000u);
+}
+
+/* The words w of a token's chunk. A value that nobody wants becomes zeros, as its minimum may be a
+ * NaN. */
+template <s32 FORMAT, s32 DIM, bool IS_BF16>
+KV_DEVICE void expand_words(u8 *tile, const u8 *stage, const float *scales,
+                            const u32 (&words)[NUM_WORDS<FORMAT>], s32 token, s32 chunk, s32 w,
+                            bool wanted) {
+    using Float = typename FloatType<IS_BF16>::Type;
+    u32 pairs[FIELDS<FORMAT>][2];
+    levels<FORMAT, Float>(words, pairs);
+#pragma unroll
+    for (s32 k = 0; k < FIELDS<FORMAT>; k++) {
+        const s32 d = chunk * CHUNK<FORMAT> + 16 * k + 4 * w;
+        if constexpr (HAS_MINIMUM<FORMAT>) {
+            const u16 *minima = minima_of<FORMAT, DIM>(stage, token) + d / 32;
+            const float low = bf16_to_f32(minima[0]);
+            const float step = bf16_to_f32(minima[NUM_MINIMA<FORMAT, DIM>]);
+            decode_four<IS_BF16>(pairs[k], {low, low, low, low}, {step, step, step, step},
+                                 IS_BF16 ? 1.0f : 1.0f / scales[token]);
+            if (!wanted)
+                pairs[k][0] = pairs[k][1] = 0;
+        }
+        store_four<ROW_CHUNKS<DIM>>(tile, token, d, pairs[k][0], pairs[k][1]);
+    }
+}
+
+/* Row formats. Where it fits, a thread has the same words of several tokens, some of them at a time:
+ * no store is between their loads. */
 template <s32 FORMAT, s32 DIM, bool IS_BF16>
 KV_DEVICE void expand_row_codes(u8 *tile, const u8 *stage, const float *scales, s32 first,
                                 const Range &range) {
-    using Float = typename FloatType<IS_BF16>::Type;
-    constexpr s32 chunks = DIM / CHUNK<FORMAT>, items = KEYS * chunks * 4;
+    constexpr s32 chunks = DIM / CHUNK<FORMAT>, of_token = 4 * chunks;
+    constexpr bool fits = THREADS % of_token == 0 && THREADS / of_token <= KEYS;
+    constexpr s32 step = fits ? THREADS / of_token : 1;
+    constexpr s32 wanted_batch = HAS_MINIMUM<FORMAT> ? 1 : 4 / FIELDS<FORMAT>;
+    constexpr s32 batch = fits && wanted_batch < KEYS / step ? wanted_batch : 1;
+    const u32 thread = opaque(threadIdx.x);
+    const s32 end = fits ? KEYS / step : (KEYS * of_token + THREADS - 1) / THREADS;
 #pragma unroll 1
-    for (s32 i = opaque(threadIdx.x); i < items; i += THREADS) {
-        const s32 w = i & 3, chunk = i / 4 % chunks, token = i / 4 / chunks;
-        u32 words[NUM_WORDS<FORMAT>], pairs[FIELDS<FORMAT>][2];
-        load_codes<FORMAT, DIM>(stage + token * CODE_BYTES<FORMAT, DIM>, chunk, w, words);
-        levels<FORMAT, Float>(words, pairs);
+    for (s32 start = 0; start < end; start += batch) {
+        u32 words[batch][NUM_WORDS<FORMAT>];
+        s32 token[batch], chunk = thread / 4 % chunks;
 #pragma unroll
-        for (s32 k = 0; k < FIELDS<FORMAT>; k++) {
-            const s32 d = chunk * CHUNK<FORMAT> + 16 * k + 4 * w;
-            if constexpr (HAS_MINIMUM<FORMAT>) {
-                const s32 at[4] = {d / 32, d / 32, d / 32, d / 32};
-                decode_four<IS_BF16>(pairs[k], minima_of<FORMAT, DIM>(stage, token),
-                                     NUM_MINIMA<FORMAT, DIM>, at,
-                                     IS_BF16 ? 1.0f : 1.0f / scales[token]);
-                if (!holds(range, first + token))
-                    pairs[k][0] = pairs[k][1] = 0;
+        for (s32 n = 0; n < batch; n++) {
+            token[n] = thread / of_token + (start + n) * step;
+            if constexpr (!fits) {
+                const u32 i = thread + start * THREADS;
+                token[n] = i / of_token;
+                chunk = i / 4 % chunks;
+                if (token[n] >= KEYS)
+                    return;
             }
-            store_four<ROW_CHUNKS<DIM>>(tile, token, d, pairs[k][0], pairs[k][1]);
+            load_codes<FORMAT, DIM>(stage + token[n] * CODE_BYTES<FORMAT, DIM>, chunk, thread & 3,
+                                    words[n]);
         }
+#pragma unroll
+        for (s32 n = 0; n < batch; n++)
+            expand_words<FORMAT, DIM, IS_BF16>(tile, stage, scales, words[n], token[n], chunk,
+                                               thread & 3, holds(range, first + token[n]));
     }
 }
 
@@ -128,9 +171,11 @@ KV_DEVICE void expand_channel_codes(u8 *tile, const u8 *stage, const float *scal
         for (s32 k = 0; k < FIELDS<FORMAT>; k++) {
             const s32 token = group * GROUP_TOKENS + t + 16 * (k & 1);
             const s32 d = 4 * line + k / 2 * (DIM / 2);
-            const s32 at[4] = {d, d + 1, d + 2, d + 3};
-            decode_four<false>(pairs[k], minima_of<FORMAT, DIM>(stage, token), DIM, at,
-                               1.0f / scales[token]);
+            const u16 *minima = minima_of<FORMAT, DIM>(stage, token) + d;
+            float low[4], step[4];
+            load_four(minima, low);
+            load_four(minima + DIM, step);
+            decode_four<false>(pairs[k], low, step, 1.0f / scales[token]);
             store_four<ROW_CHUNKS<DIM>>(tile, token, d, pairs[k][0], pairs[k][1]);
         }
     }
