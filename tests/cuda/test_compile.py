@@ -131,7 +131,8 @@ def _prefill(
     assert kernel.shared_bytes <= SHARED_PER_BLOCK
     # As with decoding: two blocks of 128 threads share a multiprocessor.
     assert kernel.row_tiles == 1 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
-    yield Case(kernel.source, {kernel.entry: (255, 0)}, kernel.defines())
+    ceiling = 224 if head_dim <= 64 else 255
+    yield Case(kernel.source, {kernel.entry: (ceiling, 0)}, kernel.defines())
 
 
 # What runs in every step is compiled for all head_dims, the others for 128.
