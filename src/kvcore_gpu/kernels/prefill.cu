@@ -8,10 +8,10 @@
  * The floor is the rate of mma.sync, 4 head_dim products and sums for a row and key, which on Hopper
  * is less than two thirds of what wgmma has. Beside it, for 32 rows of a warp, 64 keys and head_dim
  * 128 (256 mma): 40 KiB of fragments are read from shared memory, about three quarters of the time
- * that the mma take; some 900 other instructions are issued, half of that time; 2048 exponentials, a
- * third. Two blocks share a multiprocessor, so that one's softmax runs beside the other's products.
- * Rows of the query heads of a KV head lie together: 32 tokens of 4 heads read a key once, and
- * causality halves the work but for two tiles.
+ * that the mma take; 1100 instructions are issued, the mma among them, two thirds of that time; 2048
+ * exponentials, a third. Two blocks share a multiprocessor, so that one's softmax runs beside the
+ * other's products. Rows of the query heads of a KV head lie together: 32 tokens of 4 heads read a
+ * key once, and causality halves the work but for two tiles.
  *
  * Quantized rows are expanded once for all rows of a block (prefill_expand.cuh), which costs about a
  * tenth of a tile's products with 128 rows; what is left of their transforms is done once, on o. What

@@ -71,12 +71,14 @@ KV_DEVICE u64 keys_of_lane(const AttendParams &p, const Place &place, bool raw, 
     if (QUANTIZED)
         keys &= low_bits(taken.head - first) | ~low_bits(taken.tail - first);
     if constexpr (OPTIONS) {
-        if (is_range(p, sight))
+        static_assert(!OPTIONS || WARP_ROWS == 16, "two lanes have a row, and take turns");
+        if (is_range(p, sight)) /* as the sequence's other rows */
             return keys;
 #pragma unroll 1
-        for (s32 i = 0; i < KEYS; i++)
+        for (s32 i = lane_id() / WARP_ROWS; i < KEYS; i += 2)
             if (!sees(p, place.seq, sight, first + i))
                 keys &= ~(1ull << i);
+        keys &= shfl_xor(keys, WARP_ROWS);
     }
     return keys;
 }
