@@ -177,15 +177,26 @@ OTHERS = [
     for case in cases_of(EVERY_STEP, pairs, (128,)).values()
 ]
 ALL_PAIRS = [(k, v) for k in NUMBERS for v in NUMBERS if v not in FOR_KEYS_ONLY]
-REMAINING = [
-    case
-    for name, case in {
-        **cases_of(EVERY_STEP + NOW_AND_THEN, ALL_PAIRS, (128,)),
-        **cases_of(NOW_AND_THEN, RECOMMENDED, (64, 256)),
-        **cases_of([decode_with_options, prefill_with_options], RECOMMENDED, (64, 128, 256)),
-    }.items()
+OTHER_PAIRS = {
+    name: case
+    for name, case in cases_of(EVERY_STEP + NOW_AND_THEN, ALL_PAIRS, (128,)).items()
     if name not in CASES
-] + [replace(case, arch=arch) for arch in SAMPLES for case in ALONE]
+}
+WITH_OPTIONS: Kernels = [decode_with_options, prefill_with_options]
+REMAINING = {
+    **cases_of(EVERY_STEP + NOW_AND_THEN, ALL_PAIRS, (64, 256)),
+    **cases_of(WITH_OPTIONS, ALL_PAIRS, (128,)),
+    **cases_of(WITH_OPTIONS, RECOMMENDED, (64, 256)),
+}
+REMAINING_OTHERS = [
+    replace(case, arch=arch)
+    for arch in SAMPLES
+    for case in [
+        *ALONE,
+        *cases_of(EVERY_STEP + NOW_AND_THEN, RECOMMENDED, (64, 128, 256)).values(),
+        *cases_of(WITH_OPTIONS, RECOMMENDED, (128,)).values(),
+    ]
+]
 
 
 def check(case: Case) -> None:
@@ -211,7 +222,17 @@ def test_a_sample_fits_on_other_architectures(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", REMAINING, ids=str)
+@pytest.mark.pairs
+@pytest.mark.parametrize("case", list(OTHER_PAIRS.values()), ids=str)
 def test_every_pair_fits(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [*(case for name, case in REMAINING.items() if name not in CASES), *REMAINING_OTHERS],
+    ids=str,
+)
+def test_the_rest_of_the_matrix_fits(case: Case) -> None:
     check(case)
