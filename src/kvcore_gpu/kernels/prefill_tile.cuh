@@ -130,18 +130,35 @@ KV_DEVICE void mask_scores(const AttendParams &p, const Place &place, bool raw, 
         }
 }
 
-/* Scores to weights. Sums so far are scaled down where a row's maximum grew; a factor of 1 changes
- * no bit, so that other rows of the warp have no say. */
-KV_DEVICE void weigh(const AttendParams &p, const Shared &shared, WarpState &state, Scores &s) {
-    float factors[ROW_TILES][2];
-    bool grew = false;
+/* What is left to do to a row's scores. */
+KV_DEVICE Line line_of_scores(const AttendParams &p, const Shared &shared, s32 t, s32 half) {
+    return OPTIONS ? Line{1.0f, 0.0f} : line_of_row(p, shared, row_of_lane(t, half));
+}
+
+KV_DEVICE void apply_lines(const AttendParams &p, const Shared &shared, Scores &s) {
 #pragma unroll
     for (s32 t = 0; t < ROW_TILES; t++)
 #pragma unroll
         for (s32 half = 0; half < 2; half++) {
-            Line line = line_of_row(p, shared, row_of_lane(t, half));
-            if (OPTIONS)
-                line = {1.0f, 0.0f};
+            const Line line = line_of_scores(p, shared, t, half);
+#pragma unroll
+            for (s32 n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (s32 i = 2 * half; i < 2 * half + 2; i++)
+                    s[t][n][i] = fmaf(s[t][n][i], line.factor, line.bias);
+        }
+}
+
+/* Scores to weights. Sums so far are scaled down where a row's maximum grew; a factor of 1 changes
+ * no bit, so that other rows of the warp have no say. */
+KV_DEVICE void weigh(const AttendParams &p, const Shared &shared, WarpState &state, Scores &s) {
+    float factors[ROW_TILES][2];
+    bool grew = false, large = false;
+#pragma unroll
+    for (s32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+        for (s32 half = 0; half < 2; half++) {
+            const Line line = line_of_scores(p, shared, t, half);
             float top = fmaxf(s[t][0][2 * half], s[t][0][2 * half + 1]);
 #pragma unroll
             for (s32 n = 1; n < KEYS / 8; n++)
@@ -150,10 +167,20 @@ KV_DEVICE void weigh(const AttendParams &p, const Shared &shared, WarpState &sta
             top = fmaxf(top, shfl_xor(top, 2));
             float &m = state.m[t][half];
             top = fmaxf(m, fmaf(top, line.factor, line.bias));
-            const float base = finite_maximum(top), offset = line.bias - base;
-            factors[t][half] = exp2_approx(m - base);
+            factors[t][half] = exp2_approx(m - finite_maximum(top));
             grew = grew || factors[t][half] != 1.0f;
+            large = large || is_large(finite_maximum(top));
             m = top;
+        }
+    const bool apart = any(large);
+    if (apart)
+        apply_lines(p, shared, s);
+#pragma unroll
+    for (s32 t = 0; t < ROW_TILES; t++)
+#pragma unroll
+        for (s32 half = 0; half < 2; half++) {
+            const Line line = apart ? Line{1.0f, 0.0f} : line_of_scores(p, shared, t, half);
+            const float offset = line.bias - finite_maximum(state.m[t][half]);
 #pragma unroll
             for (s32 n = 0; n < KEYS / 8; n++)
 #pragma unroll

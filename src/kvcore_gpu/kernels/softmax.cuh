@@ -10,6 +10,10 @@
 /* What m is taken from, where no key was seen yet: -inf - -inf would be a NaN. */
 KV_DEVICE float finite_maximum(float m) { return m == MINUS_INFINITY ? 0.0f : m; }
 
+/* Scaled scores that a product and a difference at once would leave too far from their maximum: its
+ * own, which was rounded, would not be 0. */
+KV_DEVICE bool is_large(float score) { return fabsf(score) > 16777216.0f; }
+
 /* s := 2^(c s - m), m the maximum of c s of both rows so far and c > 0 what a row's scores are still to
  * be multiplied with; what was summed before is to be multiplied by `factors`. Scores of keys that a
  * row does not see are -inf, their weights exactly 0, and a tile of which it sees nothing leaves its
@@ -17,6 +21,7 @@ KV_DEVICE float finite_maximum(float m) { return m == MINUS_INFINITY ? 0.0f : m;
 template <s32 N>
 KV_DEVICE void weigh_tile(float (&s)[N][4], float (&m)[2], const float (&c)[2],
                           float (&factors)[2]) {
+    float still[2] = {c[0], c[1]}, base[2];
 #pragma unroll
     for (s32 half = 0; half < 2; half++) {
         float top = s[0][2 * half];
@@ -26,14 +31,20 @@ KV_DEVICE void weigh_tile(float (&s)[N][4], float (&m)[2], const float (&c)[2],
         top = fmaxf(top, shfl_xor(top, 1));
         top = fmaxf(top, shfl_xor(top, 2));
         top = fmaxf(m[half], top * c[half]);
-        const float base = finite_maximum(top);
-        factors[half] = exp2_approx(m[half] - base);
+        base[half] = finite_maximum(top);
+        factors[half] = exp2_approx(m[half] - base[half]);
         m[half] = top;
+    }
+    if (any(is_large(base[0]) || is_large(base[1]))) {
 #pragma unroll
-        for (s32 n = 0; n < N; n++) {
-            s[n][2 * half] = exp2_approx(fmaf(s[n][2 * half], c[half], -base));
-            s[n][2 * half + 1] = exp2_approx(fmaf(s[n][2 * half + 1], c[half], -base));
-        }
+        for (s32 i = 0; i < 4 * N; i++)
+            s[i >> 2][i & 3] *= c[i >> 1 & 1];
+        still[0] = still[1] = 1.0f;
+    }
+#pragma unroll
+    for (s32 i = 0; i < 4 * N; i++) {
+        const s32 half = i >> 1 & 1;
+        s[i >> 2][i & 3] = exp2_approx(fmaf(s[i >> 2][i & 3], still[half], -base[half]));
     }
 }
 
