@@ -83,17 +83,31 @@ template <bool RAW> KV_DEVICE void clear_unseen(u8 *tile, u32 seen) {
     sync_warp();
 }
 
+/* Whether one of the tile's values of the slice is an infinity or a NaN. */
+KV_DEVICE bool has_not_finite(u8 *tile, s32 num_keys, s32 first, s32 columns) {
+    u32 found = 0;
+#pragma unroll 1
+    for (s32 i = lane_id(); i < num_keys * columns; i += 32) {
+        const uint4 chunk = *reinterpret_cast<const uint4 *>(
+            chunk_of<V_CHUNKS>(tile, i / columns, first + i % columns));
+        found |= not_finite_halves<V_IS_BF16>(chunk.x) | not_finite_halves<V_IS_BF16>(chunk.y) |
+                 not_finite_halves<V_IS_BF16>(chunk.z) | not_finite_halves<V_IS_BF16>(chunk.w);
+    }
+    return any(found != 0);
+}
+
 /* Infinities and NaN among values that other rows do not see: these rows' weights are 0, and 0 times
  * such a value would be a NaN. They are added to the sums of the rows that see them, and zeros put in
  * their place. */
 KV_DEVICE void add_not_finite(Sums &o, u8 *tile, s32 num_keys, u32 own, s32 slice) {
-    constexpr s32 columns = 2 * V_STEPS;
-    const s32 first = V_IN_K ? slice * columns : 0, pair = lane_id() & 3;
+    constexpr s32 most = 2 * V_STEPS;
+    const s32 first = V_IN_K ? slice * most : 0, pair = lane_id() & 3;
+    const s32 columns = V_IN_K && SLICES > 1 ? min(most, K_CHUNKS - first) : most;
+    if (!has_not_finite(tile, num_keys, first, columns))
+        return;
 #pragma unroll 1
     for (s32 i = 0; i < num_keys * columns; i++) {
         const s32 key = i / columns, column = i % columns;
-        if (V_IN_K && SLICES > 1 && first + column >= K_CHUNKS)
-            continue;
         u32 *word = reinterpret_cast<u32 *>(chunk_of<V_CHUNKS>(tile, key, first + column)) + pair;
         const u32 halves = not_finite_halves<V_IS_BF16>(*word);
         const u32 bits =
@@ -103,7 +117,7 @@ KV_DEVICE void add_not_finite(Sums &o, u8 *tile, s32 num_keys, u32 own, s32 slic
         const float low = halves & 0x8000u ? unpack<V_IS_BF16>((u16)*word) : 0.0f;
         const float high = halves >> 16 ? unpack<V_IS_BF16>((u16)(*word >> 16)) : 0.0f;
 #pragma unroll
-        for (s32 n = 0; n < columns; n++)
+        for (s32 n = 0; n < most; n++)
 #pragma unroll
             for (s32 half = 0; half < 2; half++)
                 if (n == column && bits >> 2 * half & 1) {

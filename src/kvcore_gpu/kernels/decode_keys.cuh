@@ -54,6 +54,7 @@ KV_DEVICE void multiply_code_keys(Scores<false> &s, const u8 *tile, const Querie
                                   const HalfTable &table) {
     constexpr s32 fields = FIELDS<FORMAT>, groups = HEAD_DIM / 32, tiles = KEY_TILES<false>;
     constexpr s32 words = KEY_WORDS<FORMAT, HEAD_DIM>, pitch = CODE_PITCH<FORMAT, HEAD_DIM>;
+    static_assert(pitch % (4 * words) == 0, "words that are loaded at once are aligned");
     const s32 key = lane_id() >> 2, w = lane_id() & 3;
     const u8 *metadata = tile + TILE_METADATA<FORMAT, HEAD_DIM>;
     const u16 *minima = reinterpret_cast<const u16 *>(metadata) + key * 2 * groups;

@@ -63,6 +63,7 @@ KV_DEVICE void multiply_code_values(Sums &o, const u8 *tile, const Weights<false
     constexpr bool half_words = HALF_WORDS<FORMAT, dim>;
     constexpr s32 parts = half_words ? 1 : 2, load_chunks = half_words ? 1 : 2 * words;
     constexpr s32 chunks = SLICE_DIM / CHUNK<FORMAT>, groups = dim / 32;
+    static_assert(pitch % (4 * words) == 0, "words that are loaded at once are aligned");
     const s32 key = 2 * (lane_id() & 3), w = half_words ? lane_id() >> 3 : lane_id() >> 2;
     const u16 *minima = reinterpret_cast<const u16 *>(tile + TILE_METADATA<FORMAT, dim>);
 #pragma unroll
