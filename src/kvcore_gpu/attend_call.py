@@ -91,8 +91,9 @@ class AttendCall:
         if return_lse:
             lse = runtime.empty((plan.num_tokens, fill.q.num_heads), np.float32)
         fill.lse = None if lse is None else runtime.address(lse)
-        for function, grid, block, shared_bytes, first_tile, num_tiles in self._launches:
-            fill.first_tile, fill.num_tiles = first_tile, num_tiles
+        for function, grid, block, shared_bytes, tiles, first_sequence in self._launches:
+            fill.first_tile, fill.num_tiles = tiles
+            fill.first_sequence = first_sequence
             runtime.launch(function, grid, block, shared_bytes, fill)
         del kept  # from here on the stream's order keeps its memory for the launches
         given = target if out is None else out

@@ -20,7 +20,7 @@ SPLIT = 512
 #: So many tiles of a sequence's query rows read its keys in splits, each for itself.
 FEW_TILES = 4
 #: What partial results of one launch may take; a call that needs more is launched in pieces.
-MAX_PARTIAL_BYTES = 64 << 20
+MAX_PARTIAL_BYTES = 256 << 20
 MAX_INT32 = 2**31 - 1
 
 #: The address of so many elements of a dtype, by name; zeros when they are new.
@@ -83,14 +83,18 @@ class Splitting(Protocol):
 
 
 class Launch(NamedTuple):
-    """What Runtime.launch takes beside the params, and their first_tile and num_tiles."""
+    """What Runtime.launch takes beside the params, and what differs in these.
+
+    Attributes:
+        tiles: first_tile and num_tiles.
+    """
 
     function: Function
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
-    first_tile: int
-    num_tiles: int
+    tiles: tuple[int, int]
+    first_sequence: int = 0
 
 
 class Attention:
@@ -119,7 +123,7 @@ class Attention:
         It serves for later calls as well whose params differ in nothing but addresses.
 
         Args:
-            params: all up to `group` filled in; the rest but first_tile and num_tiles is set here.
+            params: all up to `group` filled in; the rest but what launches have is set here.
             scratch: memory that stays as it is until the next launch in the stream.
         """
         plan = params.plan
@@ -166,30 +170,38 @@ class Attention:
         grid = tiles + at_once * units, shape.num_kv_heads, 1
         block = kernel.threads, 1, 1
         return [
-            Launch(self._many_function, grid, block, kernel.shared_bytes, first, at_once)
+            Launch(self._many_function, grid, block, kernel.shared_bytes, (first, at_once))
             for first in range(0, max(1, cut), max(1, at_once))
         ]
 
     def _splits(self, params: AttendParams, most_rows: int, scratch: GetScratch) -> list[Launch]:
+        if most_rows == 0:
+            return []
         kernel, shape, plan = self._few, self._shape, params.plan
         params.num_splits = max(1, -(-plan.table_width * shape.block_size // SPLIT))
         params.tile_rows = min(kernel.rows, most_rows)
         tiles = -(-most_rows // kernel.rows)
-        lines = plan.num_sequences * shape.num_kv_heads  # of counters, for each tile
-        states = lines * params.tile_rows * (params.num_splits + 1)
-        nbytes = 4 * states * (shape.head_dim_v + 2)
-        at_once = max(1, min(tiles, MAX_PARTIAL_BYTES // max(1, nbytes)))
-        states *= at_once
-        params.partial_out = scratch("partial_out", states * shape.head_dim_v, np.float32)
-        params.partial_states = scratch("partial_states", states * 2, np.float32)
-        params.counters = scratch("counters", lines * at_once, np.int32)
+        states = shape.num_kv_heads * params.tile_rows * (params.num_splits + 1)  # of a tile
+        most = max(1, MAX_PARTIAL_BYTES // (4 * states * (shape.head_dim_v + 2)))
+        sequences = min(plan.num_sequences, most)
+        at_once = min(tiles, max(1, most // sequences))
+        units = sequences * at_once
+        params.partial_out = scratch("partial_out", units * states * shape.head_dim_v, np.float32)
+        params.partial_states = scratch("partial_states", units * states * 2, np.float32)
+        params.counters = scratch("counters", units * shape.num_kv_heads, np.int32)
         parts = params.num_splits + bool(params.k.raw or params.v.raw)
-        grid = at_once * kernel.slices * parts, shape.num_kv_heads, plan.num_sequences
+        width, block = at_once * kernel.slices * parts, (kernel.threads, 1, 1)
         return [
             Launch(
-                self._function, grid, (kernel.threads, 1, 1), kernel.shared_bytes, first, at_once
+                self._function,
+                (width, shape.num_kv_heads, min(sequences, plan.num_sequences - sequence)),
+                block,
+                kernel.shared_bytes,
+                (tile, at_once),
+                sequence,
             )
-            for first in range(0, tiles, at_once)
+            for sequence in range(0, plan.num_sequences, sequences)
+            for tile in range(0, tiles, at_once)
         ]
 
 

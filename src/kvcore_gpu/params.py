@@ -156,6 +156,7 @@ class AttendParams(Params):
         ("few_rows", c_int32),
         ("first_tile", c_int32),
         ("num_tiles", c_int32),
+        ("first_sequence", c_int32),
         ("num_splits", c_int32),
         ("partial_out", c_void_p),
         ("partial_states", c_void_p),

@@ -106,9 +106,10 @@ struct AttendParams {
     /* A tile is 16 query rows of a KV head and a sequence: new tokens x group. In prefill.cu it is a
      * sequence whose keys are cut, with MOST_BLOCKS / H units, each a part of a tile of ROWS rows. */
     s32 first_tile, num_tiles; /* which tiles of every sequence this launch takes */
+    s32 first_sequence;        /* decode's; its grid has as many sequences as it takes */
     s32 num_splits;            /* of the longest sequence */
-    float *partial_out;        /* [S, num_tiles, H, tile_rows, num_splits + 1, Dv] */
+    float *partial_out;        /* [S of the launch, num_tiles, H, tile_rows, num_splits + 1, Dv] */
     float *partial_states;     /* the same without Dv, and 2: m and l */
-    s32 *counters;             /* [S, num_tiles, H]; 0 before and after every launch */
-    s32 tile_rows;             /* rows of a tile that can be in use: 16 or fewer */
+    s32 *counters; /* [S of the launch, num_tiles, H]; 0 before and after every launch */
+    s32 tile_rows; /* rows of a tile that can be in use: 16 or fewer */
 };

@@ -20,7 +20,7 @@ struct Work {
     s32 begin, end; /* of the keys that some row reads encoded, or of any where none are raw */
     s32 first_split, end_split;
     bool some_raw;
-    s64 index; /* (sequence, tile, head) in counters */
+    s64 index; /* (sequence, tile, head) of the launch */
 };
 
 KV_DEVICE s32 num_parts(const Work &work) {
@@ -56,7 +56,7 @@ template <s32 ROWS, s32 SLICES> KV_DEVICE bool find_work(const AttendParams &p, 
     work.slice = rest / parts;
     work.part = rest % parts;
     work.head = blockIdx.y;
-    work.seq = sequence_of(p, blockIdx.z);
+    work.seq = sequence_of(p, p.first_sequence + blockIdx.z);
     const s32 rows = work.seq.num_new * p.group;
     work.first_row = (p.first_tile + tile) * ROWS;
     if (rows > p.few_rows || work.first_row >= rows)
