@@ -58,7 +58,7 @@ def append(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
         "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim,
     }  # fmt: skip
     # A lane has a channel's 32 tokens; of chan2 two channels' codes besides.
-    ceilings = {"append": (64, stage_bytes(head_dim)), "seal": (208, 0)}
+    ceilings = {"append": (row_registers(head_dim), stage_bytes(head_dim)), "seal": (208, 0)}
     yield Case("append.cu", ceilings, defines)
 
 
@@ -74,8 +74,14 @@ def quantize(k_format: str, v_format: str, head_dim: int) -> Iterator[Case]:
         defines = {"K_FORMAT": NUMBERS[format], "HEAD_DIM": head_dim}
         shared = stage_bytes(head_dim)
         channels = formats.FORMATS[format].kind == "channel"
-        ceilings = {"quantize": (208 if channels else 64, shared), "dequantize": (72, shared)}
+        registers = 208 if channels else row_registers(head_dim)
+        ceilings = {"quantize": (registers, shared), "dequantize": (72, shared)}
         yield Case("quantize.cu", ceilings, defines)
+
+
+def row_registers(head_dim: int) -> int:
+    """A lane of sixteen has head_dim / 16 elements of a row."""
+    return 64 if head_dim <= 128 else 80
 
 
 def stage_bytes(head_dim: int) -> int:
@@ -131,7 +137,7 @@ def _prefill(
     assert kernel.shared_bytes <= SHARED_PER_BLOCK
     # As with decoding: two blocks of 128 threads share a multiprocessor.
     assert kernel.row_tiles == 1 or 2 * (kernel.shared_bytes + 1024) <= SHARED_PER_BLOCK + 1024
-    ceiling = 224 if head_dim <= 64 else 255
+    ceiling = 232 if head_dim <= 64 else 255
     yield Case(kernel.source, {kernel.entry: (ceiling, 0)}, kernel.defines())
 
 
