@@ -7,6 +7,8 @@ import gc
 
 import ml_dtypes
 import numpy as np
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 
 import kvcore
 
@@ -130,6 +132,21 @@ def snapshot(cache, sequences):
         for layer in range(cache.spec.num_layers):
             contents[-1] += [bits(array).tobytes() for array in sequence.read(layer)]
     return stats.num_sequences, stats.open_steps, counts, contents
+
+
+def run_machines(*machines, examples, steps, until=lambda: True, rounds=5):
+    """Runs state machines in rounds until `until()` holds; says whether it does.
+
+    Chance decides which events a round brings, so that a rare one can be missing from any of them.
+    """
+    for _ in range(rounds):
+        for machine in machines:
+            run_state_machine_as_test(
+                machine, settings=settings(max_examples=examples, stateful_step_count=steps)
+            )
+        if until():
+            return True
+    return False
 
 
 def assert_balanced(cache):

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -22,11 +21,10 @@ from hypothesis.stateful import (
     invariant,
     multiple,
     rule,
-    run_state_machine_as_test,
 )
 
 import kvcore
-from support import assert_balanced, poison
+from support import assert_balanced, poison, run_machines
 
 HEAD_DIM = 8
 SPAN = 32  # tokens of the largest block: prefixes are found in steps of it
@@ -414,20 +412,19 @@ class ControlPlane(RuleBasedStateMachine):
 
 
 def test_ten_thousand_operations():
-    ControlPlane.operations.clear()
-    run_state_machine_as_test(
-        ControlPlane, settings=settings(max_examples=250, stateful_step_count=50)
-    )
     counts = ControlPlane.operations
-    assert sum(counts.values()) > 10_000, counts
-    # Each kind of event has come about, the telling ones often.
+    counts.clear()
     telling = ("hit", "out of blocks", "commit", "drop", "released")
-    assert min(counts[name] for name in telling) > 100, counts
-    assert len(counts) == 18, counts
+
+    def each_kind_has_come_about():
+        return len(counts) == 18 and min(counts[name] for name in telling) > 100
+
+    assert run_machines(ControlPlane, examples=250, steps=50, until=each_kind_has_come_about), (
+        counts
+    )
+    assert sum(counts.values()) > 10_000, counts
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_operations():
-    run_state_machine_as_test(
-        ControlPlane, settings=settings(max_examples=1000, stateful_step_count=100)
-    )
+    run_machines(ControlPlane, examples=1000, steps=100)

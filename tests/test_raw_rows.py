@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -18,14 +17,13 @@ from hypothesis.stateful import (
     invariant,
     multiple,
     rule,
-    run_state_machine_as_test,
 )
 
 import kvcore
 from c_api import CCache, StatusError
 from kvcore import CacheSpec, GroupSpec
 from mark_backend import marked
-from support import assert_balanced
+from support import assert_balanced, run_machines
 
 RAW = 32  # tokens of a block of raw rows
 DOCUMENTS = [[(5 * d + i * i) % 19 for i in range(260)] for d in range(2)]
@@ -746,11 +744,13 @@ class NothingLast(RawRows):
 
 
 def test_any_order_of_calls():
-    RawRows.operations.clear()
-    for machine in (OneGroup, TwoGroups, NothingLast):
-        run_state_machine_as_test(
-            machine, settings=settings(max_examples=30, stateful_step_count=40)
-        )
     counts = RawRows.operations
+    counts.clear()
     telling = ("hit", "lost", "commit", "rollback", "fork", "released", "out of raw")
-    assert min(counts[name] for name in telling) > 20, counts
+
+    def each_kind_has_come_about():
+        return min(counts[name] for name in telling) > 20
+
+    assert run_machines(
+        OneGroup, TwoGroups, NothingLast, examples=30, steps=40, until=each_kind_has_come_about
+    ), counts
