@@ -10,6 +10,10 @@ import os
 import subprocess
 import sys
 
+# Tests run beside each other, as many as there are cores: BLAS's threads would spin for one that is
+# not there. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -24,7 +24,7 @@ class Forest:
         trunk = max(kept)
         count = trunk + sum(columns)
         shape = (count, num_heads, block_size, head_dim)
-        self.k, self.v = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in "kv")
+        self.k, self.v = ((4 * rng.random(shape, np.float32) - 2).astype(dtype) for _ in "kv")
         self.tables = np.full((len(lengths), max(columns)), -1, np.int32)
         self.lengths = np.array(lengths, np.int32)
         used, free = np.zeros((count, block_size), bool), trunk

@@ -81,7 +81,7 @@ class Case:
                 .astype(np.float64)
                 .reshape(new, self.heads, self.group, self.dim)
             )
-            score = np.einsum("ihgd,jhd->hgij", q, k) * self.scale
+            score = q.transpose(1, 2, 0, 3) @ k.transpose(1, 2, 0)[:, None] * self.scale
             hidden = np.arange(stored + new) > np.arange(stored, stored + new)[:, None]
             tops.append(np.where(hidden, 0, np.abs(score)).max(-1))
             score = np.where(hidden, -np.inf, score)
@@ -89,8 +89,8 @@ class Case:
             p = np.exp(score - m)
             lses.append(m[..., 0] + np.log(p.sum(-1)))
             p /= p.sum(-1, keepdims=True)
-            outs.append(np.einsum("hgij,jhd->hgid", p, v))
-            norms.append(np.einsum("hgij,jh->hgi", p, np.linalg.norm(v, axis=-1)))
+            outs.append(p @ v.transpose(1, 0, 2)[:, None])
+            norms.append((p @ np.linalg.norm(v, axis=-1).T[:, None, :, None])[..., 0])
 
         def joined(parts):
             return np.concatenate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 
 import pytest
 
@@ -167,10 +168,13 @@ def cases_of(
     }
 
 
+# Each format as keys and, where it can be, as values. All pairs of them have a target of their own.
+EACH_FORMAT = list(zip(NUMBERS, cycle(v for v in NUMBERS if v not in FOR_KEYS_ONLY)))
 CASES = {
     **{str(case): case for case in ALONE},
     **cases_of(EVERY_STEP, RECOMMENDED, (64, 128, 256)),
     **cases_of(NOW_AND_THEN, RECOMMENDED, (128,)),
+    **cases_of(EVERY_STEP + NOW_AND_THEN, EACH_FORMAT, (128,)),
 }
 SAMPLES = {
     "sm_80": [("bf16", "bf16"), ("chan4", "rot4")],
@@ -219,7 +223,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", list(CASES.values()), ids=str)
-def test_recommended_pairs_fit(case: Case) -> None:
+def test_recommended_pairs_and_each_format_fit(case: Case) -> None:
     check(case)
 
 

@@ -19,8 +19,13 @@ from support import BFLOAT16
 SOURCE = Path(__file__).parent / "kernels" / "levels.cu"
 NUM_ROWS = 3
 POINTERS = ("rows", "other_rows", "f16", "bf16", "of_both")
-# 192 has whole units and the half of one; 64 only the half.
-CASES = [(name, 192) for name in reference.FORMATS] + [("rot3", 64)]
+# 192 has whole units and the half of one; 64 only the half. From sm_89 on fp8_e4m3 has instructions
+# of its own.
+CASES = [
+    *((name, 192, {}) for name in reference.FORMATS),
+    ("rot3", 64, {}),
+    ("fp8_e4m3", 192, {"KV_EMULATE_SM_80": 1}),
+]
 
 
 class LevelsParams(Params):
@@ -45,17 +50,16 @@ def levels(name: str, codes: np.ndarray, head_dim: int) -> np.ndarray:
     return reference.levels(name, np.concatenate([codes, metadata], axis=1), head_dim)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), CASES)
-def test_levels_are_exact(name: str, head_dim: int) -> None:
+@pytest.mark.parametrize(("name", "head_dim", "macros"), CASES)
+def test_levels_are_exact(name: str, head_dim: int, macros: dict[str, int]) -> None:
     rng = np.random.default_rng(head_dim)
     runtime = EmulatedRuntime(changed={"levels.cu": SOURCE.read_text()})
     rows, other = (encoded(rng, name, head_dim) for _ in range(2))
     tokens = 32 if name in reference.CHANNEL_FORMATS else 1
     f16, bf16 = (runtime.empty((NUM_ROWS * tokens, head_dim), np.uint16) for _ in range(2))
     both = runtime.empty((NUM_ROWS, head_dim, 2), np.uint16)
-    kernel = Launcher(runtime).kernel(
-        "levels.cu", "decode_levels", LevelsParams, K_FORMAT=FORMATS[name].index, HEAD_DIM=head_dim
-    )
+    macros = {"K_FORMAT": FORMATS[name].index, "HEAD_DIM": head_dim, **macros}
+    kernel = Launcher(runtime).kernel("levels.cu", "decode_levels", LevelsParams, **macros)
     for field, array in zip(POINTERS, (rows, other, f16, bf16, both), strict=True):
         setattr(kernel.params, field, runtime.address(runtime.as_array(array, field)))
     kernel.params.num_rows = NUM_ROWS

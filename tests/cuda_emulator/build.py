@@ -34,7 +34,7 @@ def compile_kernel(
     flags = [
         *_FLAGS,
         *_cpu_flags(),
-        "-O1",
+        "-Og",
         "-fvisibility=hidden",
         "-fstack-clash-protection",
         "-DKV_HOST_EMULATION",

@@ -9,8 +9,8 @@
 namespace emulator {
 
 static const char *name_of(Operation operation) {
-    static const char *const names[] = {"nothing", "sync_warp", "shuffle", "ballot",
-                                        "reduce",  "ldmatrix",  "mma"};
+    static const char *const names[] = {"sync_warp", "shuffle",  "ballot",
+                                        "reduce",    "ldmatrix", "mma"};
     return names[(int)operation];
 }
 
@@ -20,23 +20,25 @@ static void together(Operation operation, const void *in, void *out, s64 argumen
                      Act act) {
     Fiber *const self = machine.current;
     Fiber *const lanes = &machine.fibers[self->warp * 32];
+    u32 &arrived = machine.arrived[self->warp];
     self->operation = operation, self->site = site;
     self->in = in, self->out = out, self->argument = argument;
     if (machine.live[self->warp] != 0xffffffffu)
         fail("%s:%d: %s of a warp of which lanes have ended or never were", site.file, site.line,
              name_of(operation));
-    for (u32 lane = 0; lane < 32; lane++) {
-        if (lanes[lane].operation == Operation::NONE) {
-            wait();
-            return;
-        }
-        if (lanes[lane].operation != operation || lanes[lane].site.line != site.line)
+    if (arrived) {
+        const Fiber &other = lanes[__builtin_ctz(arrived)];
+        if (other.operation != operation || other.site.line != site.line)
             fail("divergent warp: %s at %s:%d, but %s at line %d", name_of(operation), site.file,
-                 site.line, name_of(lanes[lane].operation), lanes[lane].site.line);
+                 site.line, name_of(other.operation), other.site.line);
+    }
+    arrived |= 1u << self->lane;
+    if (arrived != 0xffffffffu) {
+        wait();
+        return;
     }
     act(lanes);
-    for (u32 lane = 0; lane < 32; lane++)
-        lanes[lane].operation = Operation::NONE;
+    arrived = 0;
     wake(self->warp, ~(1u << self->lane));
 }
 

@@ -129,6 +129,15 @@ KV_DEVICE u32 hfma2_bf16(u32 a, u32 b, u32 c) {
     return half(0) | half(16) << 16;
 }
 
+/* The machine is of sm_89 or later, unless a test asks for an older one. */
+#ifndef KV_EMULATE_SM_80
+#define KV_CONVERTS_E4M3
+KV_DEVICE u32 e4m3_to_f16(u32 word, s32 upper) {
+    const u32 pair = upper ? word >> 16 : word;
+    return emulator::e4m3_to_f16((u8)pair) | (u32)emulator::e4m3_to_f16((u8)(pair >> 8)) << 16;
+}
+#endif
+
 KV_DEVICE u32 byte_perm(u32 a, u32 b, u32 sel) {
     const u64 bytes = (u64)b << 32 | a;
     u32 r = 0;

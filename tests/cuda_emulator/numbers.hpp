@@ -41,6 +41,14 @@ inline u16 f32_to_f16(float f) {
     return sign | (u16)((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
+/* The bits of e4m3, moved to where float16 has exponent and mantissa, are 2^-8 times their number. */
+inline u16 e4m3_to_f16(u8 x) {
+    const u16 magnitude = x & 0x7f, sign = (u16)((x & 0x80) << 8);
+    if (magnitude == 0x7f)
+        return 0x7fff;
+    return sign | f32_to_f16(f16_to_f32((u16)(magnitude << 7)) * 256.0f);
+}
+
 inline u16 f32_to_bf16(float f) {
     const u32 u = as_u32(f);
     if ((u & 0x7fffffffu) > 0x7f800000u)

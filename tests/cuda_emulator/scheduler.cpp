@@ -174,7 +174,7 @@ static void start_fiber(u32 number) {
     char *const stack = machine.stacks + number * STACK_BYTES;
     fiber.index = {number % size.x, number / size.x % size.y, number / (size.x * size.y)};
     fiber.number = number, fiber.warp = number / 32, fiber.lane = number % 32;
-    fiber.done = false, fiber.barrier = -1, fiber.operation = Operation::NONE;
+    fiber.done = false, fiber.barrier = -1;
     fiber.open_group.clear(), fiber.groups.clear();
     machine.live[fiber.warp] |= 1u << fiber.lane;
 #ifdef KV_UCONTEXT
@@ -216,6 +216,7 @@ bool run_block() {
     machine.ready_warps = 0;
     memset(machine.ready, 0, sizeof machine.ready);
     memset(machine.live, 0, sizeof machine.live);
+    memset(machine.arrived, 0, sizeof machine.arrived);
     for (Barrier &barrier : machine.barriers)
         barrier.arrived = 0;
     /* NaN in every float type: what a kernel reads unwritten shows. */

@@ -22,7 +22,7 @@ constexpr u32 SHARED_BYTES = 227 * 1024; /* of an H100's block */
 /* Which thread and which block goes first. */
 enum class Order : s32 { ASCENDING, DESCENDING, RANDOM };
 
-enum class Operation { NONE, SYNC_WARP, SHUFFLE, BALLOT, REDUCE, LDMATRIX, MMA };
+enum class Operation { SYNC_WARP, SHUFFLE, BALLOT, REDUCE, LDMATRIX, MMA };
 
 struct AsyncCopy {
     char *dst;
@@ -61,7 +61,8 @@ struct Machine {
     Fiber main;
     Fiber *current;
     u32 num_threads, num_warps, num_live;
-    u32 ready[MAX_WARPS], live[MAX_WARPS]; /* a bit for each lane */
+    /* A bit for each lane; of those arrived, that wait for the rest at an operation of their warp. */
+    u32 ready[MAX_WARPS], live[MAX_WARPS], arrived[MAX_WARPS];
     u32 ready_warps;
     Barrier barriers[NUM_BARRIERS];
     Index grid, block, block_index;

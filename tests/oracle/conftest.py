@@ -9,6 +9,11 @@ import pytest
 from kvcore.models import Model, load
 
 
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """torch takes seconds to import, which those who leave these tests out need not wait for."""
+    return True if "not oracle" in config.option.markexpr else None
+
+
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
     """Thread pools that wait for each other's cores by spinning make small models slow."""
