@@ -164,7 +164,9 @@ KV_DEVICE uint2 four_channels(const u16 *scaled, s32 k) {
 template <s32 FORMAT>
 KV_DEVICE void multiply_channel_keys(Scores<false> &s, u8 *tile, const Queries<false> &queries) {
     constexpr s32 fields = FIELDS<FORMAT>, steps = K_STEPS / (fields / 2);
-    const s32 token = lane_id() >> 2, w = lane_id() & 3;
+    /* Long rows leave no registers to keep addresses in. */
+    const s32 lane = HEAD_DIM <= 128 ? (s32)lane_id() : opaque(lane_id());
+    const s32 token = lane >> 2, w = lane & 3;
     u16 *minima = reinterpret_cast<u16 *>(tile + TILE_METADATA<FORMAT, HEAD_DIM>);
     const float power = scale_group<FORMAT>(minima);
 #pragma unroll UNROLL_K

@@ -13,12 +13,7 @@ typedef float Scores[ROW_TILES][KEYS / 8][4];
 
 /* ---- fragments at addresses of which all but two bits of a step are constants of an instruction */
 
-/* Where chunk `odd` of a row lies in its tile. */
-template <s32 CHUNKS> KV_DEVICE u32 offset_of(s32 row, s32 odd) {
-    return chunk_of<CHUNKS>(nullptr, row, odd) - static_cast<u8 *>(nullptr);
-}
-
-/* Chunk 2 k + odd, and `rows` rows further down, a multiple of 8. */
+/* Chunk 2 k + odd, and `rows` rows further down, a multiple of 8; `offset` is that of chunk `odd`. */
 template <s32 CHUNKS> KV_DEVICE u8 *chunk_at(u8 *tile, u32 offset, s32 k, s32 rows) {
     const u32 at = CHUNKS % 8 == 0 ? (offset ^ 32 * (k & 3)) + 128 * (k >> 2) : offset + 32 * k;
     return tile + at + 16 * TILE_PITCH<CHUNKS> * rows;
@@ -28,8 +23,8 @@ template <s32 CHUNKS> KV_DEVICE u8 *chunk_at(u8 *tile, u32 offset, s32 k, s32 ro
 template <bool RAW> KV_DEVICE void add_products(Scores &s, u8 *query, u8 *keys, s32 lane) {
     constexpr s32 UNROLL = RAW ? 1 : 4;
     const s32 matrix = lane >> 3;
-    const u32 of_query = opaque(offset_of<K_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
-    const u32 of_keys = opaque(offset_of<K_CHUNKS>((lane & 7) + 8 * (matrix >> 1), matrix & 1));
+    const u32 of_query = opaque(chunk_offset<K_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
+    const u32 of_keys = opaque(chunk_offset<K_CHUNKS>((lane & 7) + 8 * (matrix >> 1), matrix & 1));
 #pragma unroll UNROLL
     for (s32 k = 0; k < K_CHUNKS / 2; k++) {
         u32 a[PARTS<RAW>][ROW_TILES][4];
@@ -222,7 +217,7 @@ KV_DEVICE void pack_step(const Scores &s, s32 t, s32 k, const float *value_scale
 KV_DEVICE void add_values(WarpState &state, const Scores &s, u8 *values, const float *value_scales,
                           s32 lane) {
     const s32 matrix = lane >> 3;
-    const u32 offset = opaque(offset_of<V_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
+    const u32 offset = opaque(chunk_offset<V_CHUNKS>((lane & 7) + 8 * (matrix & 1), matrix >> 1));
 #pragma unroll
     for (s32 k = 0; k < KEYS / 16; k++) {
         u32 a[ROW_TILES][4];
@@ -246,9 +241,10 @@ KV_DEVICE void add_values(WarpState &state, const Scores &s, u8 *values, const f
 KV_DEVICE void attend_tile(const AttendParams &p, const Place &place, const Shared &shared,
                            bool raw, bool masked, u8 *keys, u8 *values, s32 first,
                            WarpState &state) {
-    const s32 lane = opaque(lane_id());
+    /* Computed anew for each tile: registers are too few to keep addresses in. */
+    const s32 lane = opaque(lane_id()), warp = opaque(threadIdx.x) >> 5;
     Scores s = {};
-    u8 *const query = shared.query + 16 * TILE_PITCH<K_CHUNKS> * WARP_ROWS * warp_id();
+    u8 *const query = shared.query + 16 * TILE_PITCH<K_CHUNKS> * WARP_ROWS * warp;
     if (K_QUANTIZED && raw)
         add_products<QUANTIZED>(s, query, keys, lane);
     else

@@ -14,9 +14,13 @@ template <s32 CHUNKS, s32 ROWS> constexpr s32 TILE_BYTES = 16 * ROWS * TILE_PITC
 /* Rows of 16-bit numbers in whole k-steps of an mma; what lies beyond head_dim is to be zero. */
 template <s32 DIM> constexpr s32 ROW_CHUNKS = (DIM + 15) / 16 * 2;
 
-template <s32 CHUNKS> KV_DEVICE u8 *chunk_of(u8 *tile, s32 row, s32 column) {
+/* Where a chunk lies in its tile. */
+template <s32 CHUNKS> KV_DEVICE s32 chunk_offset(s32 row, s32 column) {
     const s32 at = CHUNKS % 8 == 0 ? column ^ (row & 7) : column;
-    return tile + 16 * (row * TILE_PITCH<CHUNKS> + at);
+    return 16 * (row * TILE_PITCH<CHUNKS> + at);
+}
+template <s32 CHUNKS> KV_DEVICE u8 *chunk_of(u8 *tile, s32 row, s32 column) {
+    return tile + chunk_offset<CHUNKS>(row, column);
 }
 /* Chunk 2 k + odd, so put that all but two bits of k are an offset that instructions hold. */
 template <s32 CHUNKS> KV_DEVICE u8 *chunk_of_step(u8 *tile, s32 row, s32 k, s32 odd) {
