@@ -260,6 +260,21 @@ def test_options(formats, names):
     call.check(**{key: value for name in names for key, value in options[name].items()})
 
 
+@pytest.mark.parametrize("formats", PAIRS, ids="+".join)
+def test_masks_of_long_runs(formats):
+    """Tiles that all rows see as a whole, or none; and trees, whose tokens see their ancestors."""
+    k_format, v_format = formats
+    news = (1, 1, 1) if k_format == "chan4" else (7, 2, 5)
+    call = Call((600, 3, 250), news, heads=4, block_size=32, k_format=k_format, v_format=v_format)
+    masks = [np.tri(n, m, m - n, bool) for n, m in zip(news, call.lengths, strict=True)]
+    masks[0][:, 37:203] = False
+    masks[0][0, 300:411] = False
+    masks[0][1::2, 601::2] = False
+    masks[2][:, :131] = False
+    call.check(mask=masks)
+    call.check(mask=masks, window=190)
+
+
 @pytest.mark.parametrize("format", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("names", [(), ("window",), ("mask", "window")], ids="+".join)
 class TestWhatIsNotSeen:

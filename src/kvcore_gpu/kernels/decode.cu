@@ -18,8 +18,8 @@
 #include "partials.cuh"
 
 /* What a lane knows of its two rows, lane / 4 and 8 further: scores are to be multiplied by `factors`,
- * then `biases` is to be added. With OPTIONS that is done to each score. Without, both have the scale
- * in them, weights take in the factors, and m, at the end, what is the same for all keys of a row. */
+ * then `biases` is to be added. With OPTIONS that is done to each score. Without, weights take in the
+ * factors, which have the scale in them, and m what is the same for all keys of a row (add_biases). */
 struct Rows2 {
     float factors[2], biases[2], slopes[2];
     s32 positions[2];
@@ -31,8 +31,8 @@ KV_DEVICE Rows2 own_rows(const AttendParams &p, const Work &work, const Shared &
     for (s32 half = 0; half < 2; half++) {
         const s32 row = (lane_id() >> 2) + 8 * half;
         rows.factors[half] = shared.row_factors[row];
-        rows.biases[half] = shared.row_biases[row];
 #if OPTIONS
+        rows.biases[half] = shared.row_biases[row];
         const s32 at = work.first_row + min(row, work.num_rows - 1);
         rows.positions[half] = sight_of_row(p, work, row).position;
         rows.slopes[half] = p.alibi_slopes ? p.alibi_slopes[query_head_of(p, work.head, at)] : 0.0f;
@@ -41,7 +41,6 @@ KV_DEVICE Rows2 own_rows(const AttendParams &p, const Work &work, const Shared &
         constexpr float LEAST = __builtin_bit_cast(float, 0x00800000u);
         constexpr float LARGEST = __builtin_bit_cast(float, 0x7f7fffffu);
         rows.factors[half] = fminf(fmaxf(rows.factors[half] * (p.scale * LOG2E), LEAST), LARGEST);
-        rows.biases[half] *= p.scale * LOG2E;
 #endif
     }
     return rows;
@@ -67,11 +66,11 @@ struct Tables {
     HalfTable k, v;
 };
 
-template <bool RAW> KV_DEVICE Tables kept_tables() {
+KV_DEVICE Tables kept_tables() {
     Tables tables = {};
-    if constexpr (K_ENCODED<RAW>)
+    if constexpr (K_QUANTIZED)
         tables.k = kept_table<K_FORMAT, F16>();
-    if constexpr (V_ENCODED<RAW>)
+    if constexpr (V_QUANTIZED)
         tables.v = kept_table<V_FORMAT, BF16>();
     return tables;
 }
@@ -81,6 +80,13 @@ struct WarpState {
     float m[2], l[2];
     Sums o;
 };
+
+/* At the end, so that no register holds them before. */
+KV_DEVICE void add_biases(const AttendParams &p, const Shared &shared, WarpState &state) {
+#pragma unroll
+    for (s32 half = 0; half < 2; half++)
+        state.m[half] += shared.row_biases[(lane_id() >> 2) + 8 * half] * (p.scale * LOG2E);
+}
 
 /* Most tiles leave the maximum of a row as it was. */
 KV_DEVICE void rescale(WarpState &state, const float (&keep)[2]) {
@@ -96,20 +102,20 @@ KV_DEVICE void rescale(WarpState &state, const float (&keep)[2]) {
             state.o[n][i] *= keep[i >> 1];
 }
 
-template <bool RAW>
 KV_DEVICE void attend_tile(const AttendParams &p, const Work &work, const Whole &whole,
-                           const Rows2 &rows, const Queries<RAW> &queries, const Tables &tables,
-                           u8 *stage, s32 j, WarpState &state) {
-    u8 *v_tile = V_IN_K ? stage : stage + K_TILE_BYTES<RAW>;
-    const bool edge = RAW || j < whole.begin || j + TILE<RAW> > whole.end;
+                           const Rows2 &rows, const Queries &queries, const Tables &tables,
+                           u8 *stage, s32 j, bool raw, WarpState &state) {
+    u8 *v_tile = V_IN_K ? stage : stage + (raw ? RAW_K_TILE_BYTES : K_TILE_BYTES);
+    bool edge = raw || j < whole.begin || j + TILE > whole.end;
     Seen seen = {};
     if (edge) {
-        seen = look_at_tile<RAW>(p, work, j);
+        seen = look_at_tile(p, work, j, raw);
         if (seen.any == 0)
             return;
+        edge = seen.every != low_bits<u32>(TILE);
     }
-    Scores<RAW> s = {};
-    multiply_keys<RAW>(s, stage, queries, tables.k);
+    Scores s = {};
+    multiply_keys(s, stage, queries, tables.k, raw);
     if constexpr (OPTIONS)
         apply_options(p, work.seq, rows, j, s);
     if (edge)
@@ -121,48 +127,64 @@ KV_DEVICE void attend_tile(const AttendParams &p, const Work &work, const Whole 
         weigh_tile(s, state.m, rows.factors, keep);
     rescale(state, keep);
     if (edge)
-        part_values<RAW>(state.o, v_tile, seen, work.slice);
-    Weights<RAW> weights;
-    pack_tile<RAW>(weights, s, v_tile, state.l);
-    multiply_values<RAW>(state.o, v_tile, weights, work.slice, tables.v);
+        part_values(state.o, v_tile, seen, work.slice, raw);
+    add_values(state.o, state.l, s, v_tile, work.slice, tables.v, raw);
 }
 
-template <bool RAW>
-KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared &shared,
-                           WarpState &state) {
-    constexpr s32 ahead = (RING_STAGES<RAW> - 1) * STAGE_BYTES<RAW>;
-    u8 *const ring_begin = shared.ring + warp_id() * WARP_RING_BYTES<RAW>;
-    u8 *stage = ring_begin, *last = ring_begin + ahead; /* the one that was read last */
-    auto cursor = cursor_of<WARPS>(tiles_of<RAW, TILE<RAW>>(p, work), warp_id());
-    Ring<RAW> ring = make_ring<RAW>(p, work, cursor);
+/* Raw keys, of which a warp has few: no tile is under way while it works on one. */
+KV_DEVICE void attend_raw(const AttendParams &p, const Work &work, const Shared &shared,
+                          const Rows2 &rows, u8 *stage, WarpState &state) {
+    Queries queries;
+    queries.tile = shared.query;
+    if (!K_QUANTIZED) /* else each tile loads them */
+        queries.keep();
+    auto cursor = cursor_of<WARPS>(tiles_of<true, RAW_TILE>(p, work), warp_id());
 #pragma unroll 1
-    for (u8 *first = ring_begin; first != last; first += STAGE_BYTES<RAW>)
+    for (; cursor.has_tile(); cursor.advance()) {
+        const s32 j = cursor.at * RAW_TILE;
+        copy_raw_tile(p, work, stage, j);
+        cp_async_wait<0>();
+        sync_warp();
+        attend_tile(p, work, {0, 0}, rows, queries, {}, stage, j, true, state);
+        sync_warp();
+    }
+}
+
+/* The keys of a split, or all raw ones. */
+KV_DEVICE void attend_part(const AttendParams &p, const Work &work, const Shared &shared, bool raw,
+                           WarpState &state) {
+    constexpr s32 ahead = (STAGES - 1) * STAGE_BYTES;
+    u8 *const ring_begin = shared.ring + warp_id() * WARP_RING_BYTES;
+    u8 *stage = ring_begin, *last = ring_begin + ahead; /* the one that was read last */
+    const Ranges<false> none = {0, 0};
+    auto cursor = cursor_of<WARPS>(raw ? none : tiles_of<false, TILE>(p, work), warp_id());
+    Ring ring = make_ring(p, work, cursor);
+#pragma unroll 1
+    for (u8 *first = ring_begin; first != last; first += STAGE_BYTES)
         ring.copy_next(first);
-    load_queries<RAW>(p, work, shared);
+    load_queries(p, work, shared, raw);
     sync_threads();
-    Queries<RAW> queries;
+    const Rows2 rows = own_rows(p, work, shared);
+    if (raw)
+        attend_raw(p, work, shared, rows, ring_begin, state);
+    Queries queries;
     queries.tile = shared.query;
     queries.keep();
-    const Rows2 rows = own_rows(p, work, shared);
-    const Whole whole = find_whole<RAW>(p, work);
-    const Tables tables = kept_tables<RAW>();
+    const Whole whole = find_whole(p, work);
+    const Tables tables = kept_tables();
 #pragma unroll 1
     for (; cursor.has_tile(); cursor.advance()) {
         ring.copy_next(last);
-        cp_async_wait<RING_STAGES<RAW> - 1>();
+        cp_async_wait<STAGES - 1>();
         sync_warp();
-        attend_tile<RAW>(p, work, whole, rows, queries, tables, stage, cursor.at * TILE<RAW>,
-                         state);
+        attend_tile(p, work, whole, rows, queries, tables, stage, cursor.at * TILE, false, state);
         sync_warp();
         last = stage;
-        stage = stage == ring_begin + ahead ? ring_begin : stage + STAGE_BYTES<RAW>;
+        stage = stage == ring_begin + ahead ? ring_begin : stage + STAGE_BYTES;
     }
     cp_async_wait<0>();
-    if constexpr (!OPTIONS) {
-#pragma unroll
-        for (s32 half = 0; half < 2; half++)
-            state.m[half] += rows.biases[half];
-    }
+    if constexpr (!OPTIONS)
+        add_biases(p, shared, state);
 }
 
 KV_DEVICE void store_warp(const Shared &shared, const WarpState &state) {
@@ -233,14 +255,7 @@ KV_KERNEL(decode, AttendParams, THREADS, MIN_BLOCKS) {
     if (parts > 0) { /* else there is a row of zeros to write */
         const bool raw = QUANTIZED && work.part == p.num_splits;
         WarpState state = {{MINUS_INFINITY, MINUS_INFINITY}, {}, {}};
-        if constexpr (QUANTIZED) {
-            if (raw)
-                attend_part<true>(p, work, shared, state);
-            else
-                attend_part<false>(p, work, shared, state);
-        } else {
-            attend_part<false>(p, work, shared, state);
-        }
+        attend_part(p, work, shared, raw, state);
         sync_threads(); /* sums lie where the ring was */
         store_warp(shared, state);
         sync_threads();

@@ -3,27 +3,42 @@
 #include "decode_queries.cuh"
 
 /* Long rows are not unrolled as a whole. */
-constexpr s32 UNROLL_K = HEAD_DIM <= 128 ? 16 : 1;
+constexpr s32 UNROLL_K = HEAD_DIM <= 128 ? 16 : 1, UNROLL_FLOAT_K = HEAD_DIM <= 128 ? 16 : 4;
 
-template <bool RAW> using Scores = float[KEY_TILES<RAW>][4];
+typedef float Scores[KEY_TILES][4];
 
 /* Keys as floats. */
-template <bool RAW>
-KV_DEVICE void multiply_float_keys(Scores<RAW> &s, u8 *tile, const Queries<RAW> &queries) {
-#pragma unroll(RAW ? 1 : HEAD_DIM <= 128 ? 16 : 4)
+KV_DEVICE void multiply_float_keys(Scores &s, u8 *tile, const Queries &queries) {
+#pragma unroll UNROLL_FLOAT_K
     for (s32 k = 0; k < K_STEPS; k++)
 #pragma unroll
-        for (s32 pair = 0; pair < KEY_TILES<RAW> / 2; pair++) {
+        for (s32 pair = 0; pair < KEY_TILES / 2; pair++) {
             u32 b[4];
             load_keys_fragment<K_CHUNKS>(b, tile, 16 * pair, k);
 #pragma unroll
-            for (s32 part = 0; part < PARTS<RAW>; part++) {
+            for (s32 part = 0; part < QUERY_PARTS; part++) {
                 u32 a[4];
                 queries.get(a, part, k);
-                mma<K_IS_BF16<RAW>>(s[2 * pair], a, b[0], b[1]);
-                mma<K_IS_BF16<RAW>>(s[2 * pair + 1], a, b[2], b[3]);
+                mma<K_IS_BF16>(s[2 * pair], a, b[0], b[1]);
+                mma<K_IS_BF16>(s[2 * pair + 1], a, b[2], b[3]);
             }
         }
+}
+
+/* Raw keys, of which there are few: a loop, which loads its queries. */
+KV_DEVICE void multiply_raw_keys(Scores &s, u8 *tile, u8 *query) {
+#pragma unroll 1
+    for (s32 k = 0; k < K_STEPS; k++) {
+        u32 b[4];
+        load_keys_fragment<K_CHUNKS>(b, tile, 0, k);
+#pragma unroll
+        for (s32 part = 0; part < QUERY_PARTS; part++) {
+            u32 a[4];
+            load_rows_fragment<K_CHUNKS>(a, query + part * QUERY_PART_BYTES, 0, k);
+            mma_bf16(s[0], a, b[0], b[1]);
+            mma_bf16(s[1], a, b[2], b[3]);
+        }
+    }
 }
 
 /* A bfloat16 minimum and step of a chunk, times `power`, as pairs of the same float16. */
@@ -50,9 +65,9 @@ template <s32 GROUPS> KV_DEVICE float power_of_key(const u16 *minima) {
 /* Keys of a row format: lane l takes words of key l / 4 of eight, as queries have them. Scores are
  * then multiplied by their keys' scales. */
 template <s32 FORMAT>
-KV_DEVICE void multiply_code_keys(Scores<false> &s, const u8 *tile, const Queries<false> &queries,
+KV_DEVICE void multiply_code_keys(Scores &s, const u8 *tile, const Queries &queries,
                                   const HalfTable &table) {
-    constexpr s32 fields = FIELDS<FORMAT>, groups = HEAD_DIM / 32, tiles = KEY_TILES<false>;
+    constexpr s32 fields = FIELDS<FORMAT>, groups = HEAD_DIM / 32, tiles = KEY_TILES;
     constexpr s32 words = KEY_WORDS<FORMAT, HEAD_DIM>, pitch = CODE_PITCH<FORMAT, HEAD_DIM>;
     static_assert(pitch % (4 * words) == 0, "words that are loaded at once are aligned");
     const s32 key = lane_id() >> 2, w = lane_id() & 3;
@@ -162,7 +177,7 @@ KV_DEVICE uint2 four_channels(const u16 *scaled, s32 k) {
 /* A group of a channel format: lane l takes the words of tokens l / 4 and l / 4 + 8, whose fields
  * are also those of tokens 16 later, and for chan2 those of channels half a row further. */
 template <s32 FORMAT>
-KV_DEVICE void multiply_channel_keys(Scores<false> &s, u8 *tile, const Queries<false> &queries) {
+KV_DEVICE void multiply_channel_keys(Scores &s, u8 *tile, const Queries &queries) {
     constexpr s32 fields = FIELDS<FORMAT>, steps = K_STEPS / (fields / 2);
     /* Long rows leave no registers to keep addresses in. */
     const s32 lane = HEAD_DIM <= 128 ? (s32)lane_id() : opaque(lane_id());
@@ -194,18 +209,19 @@ KV_DEVICE void multiply_channel_keys(Scores<false> &s, u8 *tile, const Queries<f
     }
     const float scale = inverse_of_power(power);
 #pragma unroll
-    for (s32 n = 0; n < KEY_TILES<false>; n++)
+    for (s32 n = 0; n < KEY_TILES; n++)
 #pragma unroll
         for (s32 i = 0; i < 4; i++)
             s[n][i] *= scale;
 }
 
 /* q . k, less q . bias where keys are encoded, and without the rows' factors. */
-template <bool RAW>
-KV_DEVICE void multiply_keys(Scores<RAW> &s, u8 *tile, const Queries<RAW> &queries,
-                             const HalfTable &table) {
-    if constexpr (!K_ENCODED<RAW>)
+KV_DEVICE void multiply_keys(Scores &s, u8 *tile, const Queries &queries, const HalfTable &table,
+                             bool raw) {
+    if constexpr (!K_QUANTIZED)
         multiply_float_keys(s, tile, queries);
+    else if (raw)
+        multiply_raw_keys(s, tile, queries.tile);
     else if constexpr (IS_CHANNEL<K_FORMAT>)
         multiply_channel_keys<K_FORMAT>(s, tile, queries);
     else

@@ -6,10 +6,10 @@
  *   V_IN_K        1: V is the first HEAD_DIM_V elements of K, and read there
  *   STAGES        tiles in a warp's ring
  *   MIN_BLOCKS    blocks that are to share a multiprocessor's registers
- *   SHARED_BYTES  what the host reckons (kvcore_gpu/attention.py), which must be the same
+ *   SHARED_BYTES  what the host reckons (kvcore_gpu/decode.py), which must be the same
  *
- * A quantized cache is read in two passes, by different blocks: keys that are read encoded, and raw
- * ones. Whatever has RAW is of the second; without quantized formats there is the first only.
+ * Of a quantized cache some blocks take keys that are read encoded, and others those that are read raw;
+ * code for both has a flag `raw`. Without quantized formats there are the first only.
  */
 #pragma once
 #include "formats.cuh"
@@ -26,10 +26,11 @@ static_assert(!V_IN_K || (K_FORMAT == V_FORMAT && !QUANTIZED), "V lies in K as f
 
 constexpr s32 larger(s32 a, s32 b) { return a > b ? a : b; }
 
-/* Keys of a tile: they lie in one block, whatever its size, and are whole groups. */
-template <bool RAW> constexpr s32 TILE = IS_CHANNEL<K_FORMAT> && !RAW ? GROUP_TOKENS : 16;
+/* Keys of a tile: they lie in one block, whatever its size, and are whole groups. Raw ones are the
+ * first of a tile whose others no row takes. */
+constexpr s32 TILE = IS_CHANNEL<K_FORMAT> ? GROUP_TOKENS : 16, RAW_TILE = 16;
 /* Of m16n8k16, and half as many of its k-steps over keys. */
-template <bool RAW> constexpr s32 KEY_TILES = TILE<RAW> / 8;
+constexpr s32 KEY_TILES = TILE / 8;
 
 /* A block sums a slice of V's elements; those of a long row are shared by several blocks, each of
  * which makes all scores. */
@@ -38,22 +39,16 @@ constexpr s32 SLICES = (HEAD_DIM_V + SLICE_DIM - 1) / SLICE_DIM;
 
 constexpr s32 K_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = SLICE_DIM / 16;
 constexpr s32 K_CHUNKS = 2 * K_STEPS, V_CHUNKS = V_IN_K ? K_CHUNKS : 2 * V_STEPS;
-/* Of raw keys a warp has one or two tiles: their code is to be short. */
-template <bool RAW> constexpr s32 UNROLL = RAW ? 1 : 64;
-/* Fragments of longer queries are loaded for every tile, and where there are few tiles. */
-template <bool RAW> constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128 && !RAW;
+/* Fragments of longer queries are loaded for every tile. */
+constexpr bool QUERIES_IN_REGISTERS = HEAD_DIM <= 128;
 
-template <bool RAW> constexpr bool K_ENCODED = K_QUANTIZED && !RAW;
-template <bool RAW> constexpr bool V_ENCODED = V_QUANTIZED && !RAW;
-/* Types of the products: encoded keys are taken as float16, which holds levels and q' best, encoded
- * values as bfloat16, which scaled weights cannot leave. */
-template <bool RAW> constexpr bool K_IS_BF16 = K_QUANTIZED ? RAW : K_FORMAT == KV_FORMAT_BF16;
-constexpr bool V_IS_BF16 = V_FORMAT != KV_FORMAT_FP16;
-/* Encoded keys need one part of q', whatever q is. */
-template <bool RAW> constexpr s32 PARTS = K_ENCODED<RAW> ? 1 : QUERY_PARTS;
+/* Types of the products of floats, raw ones among them. Encoded keys are taken as float16, which holds
+ * levels and q' best, encoded values as bfloat16, which scaled weights cannot leave. */
+constexpr bool K_IS_BF16 = K_FORMAT != KV_FORMAT_FP16, V_IS_BF16 = V_FORMAT != KV_FORMAT_FP16;
+/* Of the fragments that are kept: encoded keys need one part of q', whatever q is. */
+constexpr s32 PARTS = K_QUANTIZED ? 1 : QUERY_PARTS;
 /* float16 has a short range: rows of q' come times a power of two. */
-template <bool RAW>
-constexpr bool SCALED_ROWS = K_ENCODED<RAW> || (K_FORMAT == KV_FORMAT_FP16 && QUERY_PARTS == 2);
+constexpr bool SCALED_ROWS = K_FORMAT == KV_FORMAT_FP16 && QUERY_PARTS == 2;
 
 constexpr s32 round16(s32 bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -69,10 +64,10 @@ constexpr s32 CODE_PITCH =
 /* Where a tile's metadata begin, behind its codes. */
 template <s32 FORMAT, s32 DIM>
 constexpr s32 TILE_METADATA = IS_CHANNEL<FORMAT> ? GROUP_TOKENS * CODE_BYTES<FORMAT, DIM>
-                                                 : round16(TILE<false> * CODE_PITCH<FORMAT, DIM>);
+                                                 : round16(TILE * CODE_PITCH<FORMAT, DIM>);
 template <s32 FORMAT, s32 DIM>
 constexpr s32 ENCODED_TILE_BYTES =
-    TILE_METADATA<FORMAT, DIM> + round16(TILE<false> * METADATA_BYTES<FORMAT, DIM>);
+    TILE_METADATA<FORMAT, DIM> + round16(TILE * METADATA_BYTES<FORMAT, DIM>);
 
 /* Words side by side that a lane of a key takes at once, which four lanes share. */
 constexpr s32 power_of_two_in(s32 x, s32 most) {
@@ -90,19 +85,17 @@ template <s32 FORMAT, s32 DIM>
 constexpr s32 VALUE_WORDS =
     HALF_WORDS<FORMAT, DIM> ? 1 : power_of_two_in(DIM / CHUNK<FORMAT> / 2, DIM <= 128 ? 4 : 2);
 
-template <bool RAW>
 constexpr s32 K_TILE_BYTES =
-    K_ENCODED<RAW> ? ENCODED_TILE_BYTES<K_FORMAT, HEAD_DIM> : TILE_BYTES<K_CHUNKS, TILE<RAW>>;
-template <bool RAW>
-constexpr s32 V_TILE_BYTES = V_IN_K           ? 0
-                             : V_ENCODED<RAW> ? ENCODED_TILE_BYTES<V_FORMAT, HEAD_DIM_V>
-                                              : TILE_BYTES<V_CHUNKS, TILE<RAW>>;
-template <bool RAW> constexpr s32 STAGE_BYTES = K_TILE_BYTES<RAW> + V_TILE_BYTES<RAW>;
-
-template <bool RAW> constexpr s32 RING_STAGES = RAW ? 1 : STAGES;
-template <bool RAW> constexpr s32 WARP_RING_BYTES = RING_STAGES<RAW> * STAGE_BYTES<RAW>;
-constexpr s32 RING_BYTES =
-    WARPS * larger(WARP_RING_BYTES<false>, QUANTIZED ? WARP_RING_BYTES<true> : 0);
+    K_QUANTIZED ? ENCODED_TILE_BYTES<K_FORMAT, HEAD_DIM> : TILE_BYTES<K_CHUNKS, TILE>;
+constexpr s32 V_TILE_BYTES = V_IN_K        ? 0
+                             : V_QUANTIZED ? ENCODED_TILE_BYTES<V_FORMAT, HEAD_DIM_V>
+                                           : TILE_BYTES<V_CHUNKS, TILE>;
+constexpr s32 STAGE_BYTES = K_TILE_BYTES + V_TILE_BYTES;
+/* Of raw keys a warp has one or two tiles, none ahead. */
+constexpr s32 RAW_K_TILE_BYTES = TILE_BYTES<K_CHUNKS, RAW_TILE>;
+constexpr s32 RAW_STAGE_BYTES = RAW_K_TILE_BYTES + TILE_BYTES<V_CHUNKS, RAW_TILE>;
+constexpr s32 WARP_RING_BYTES = larger(STAGES * STAGE_BYTES, QUANTIZED ? RAW_STAGE_BYTES : 0);
+constexpr s32 RING_BYTES = WARPS * WARP_RING_BYTES;
 /* What warps have summed, over the ring when they are done. */
 constexpr s32 SUM_PITCH = SLICE_DIM + 8;
 constexpr s32 SUM_BYTES = 4 * WARPS * ROWS * SUM_PITCH;
@@ -117,7 +110,7 @@ struct Shared {
     float *row_factors, *row_biases; /* [ROWS] */
     float *m, *l, *weights;          /* [WARPS, ROWS] */
     u8 *query;                       /* [QUERY_PARTS][ROWS] rows */
-    u8 *ring;                        /* [WARPS, RING_STAGES] tiles of K and V */
+    u8 *ring;                        /* [WARPS, STAGES] tiles of K and V */
     float *sums;                     /* [WARPS, ROWS, SUM_PITCH], where the ring was */
 };
 

@@ -10,7 +10,7 @@
 #include "softmax.cuh"
 
 typedef float Sums[2 * V_STEPS][4];
-template <bool RAW> using Weights = u32[TILE<RAW> / 16][4];
+typedef u32 Weights[TILE / 16][4];
 
 /* The column of an element of the slice. */
 template <s32 FORMAT, s32 DIM> KV_DEVICE s32 column_of_code(s32 element) {
@@ -23,16 +23,18 @@ template <s32 FORMAT, s32 DIM> KV_DEVICE s32 column_of_code(s32 element) {
     return 8 * (((decoded * 2 + part) * fields + field) * 2 + pair) + word % (8 * words) / words;
 }
 
-/* Values as floats. */
-template <bool RAW>
-KV_DEVICE void multiply_float_values(Sums &o, u8 *tile, const Weights<RAW> &weights, s32 slice) {
+/* Values as floats, of `num_keys` keys. */
+KV_DEVICE void multiply_float_values(Sums &o, u8 *tile, const Weights &weights, s32 slice,
+                                     s32 num_keys) {
     const s32 first = V_IN_K ? slice * V_STEPS : 0;
 #pragma unroll
     for (s32 n = 0; n < V_STEPS; n++) {
         if (V_IN_K && SLICES > 1 && first + n >= K_STEPS)
             break;
 #pragma unroll
-        for (s32 step = 0; step < TILE<RAW> / 16; step++) {
+        for (s32 step = 0; step < TILE / 16; step++) {
+            if (16 * step >= num_keys)
+                break;
             u32 b[4];
             load_values_fragment<V_CHUNKS>(b, tile, 16 * step, first + n);
             mma<V_IS_BF16>(o[2 * n], weights[step], b[0], b[1]);
@@ -56,8 +58,8 @@ KV_DEVICE u32 metadata_pair(const u16 *metadata, s32 stride) {
 
 /* Lane l takes tokens 2 (l % 4) + 0 .. 1 and + 8 .. 9 of sixteen. */
 template <s32 FORMAT>
-KV_DEVICE void multiply_code_values(Sums &o, const u8 *tile, const Weights<false> &weights,
-                                    s32 slice, const HalfTable &table) {
+KV_DEVICE void multiply_code_values(Sums &o, const u8 *tile, const Weights &weights, s32 slice,
+                                    const HalfTable &table) {
     constexpr s32 fields = FIELDS<FORMAT>, planes = NUM_WORDS<FORMAT>, dim = HEAD_DIM_V;
     constexpr s32 words = VALUE_WORDS<FORMAT, dim>, pitch = CODE_PITCH<FORMAT, dim>;
     constexpr bool half_words = HALF_WORDS<FORMAT, dim>;
@@ -73,7 +75,7 @@ KV_DEVICE void multiply_code_values(Sums &o, const u8 *tile, const Weights<false
             break;
         const s32 word = 4 * chunk + words * w;
 #pragma unroll
-        for (s32 step = 0; step < TILE<false> / 16; step++) {
+        for (s32 step = 0; step < TILE / 16; step++) {
             u32 codes[4][words][planes];
 #pragma unroll
             for (s32 i = 0; i < 4; i++)
@@ -119,21 +121,20 @@ KV_DEVICE void multiply_code_values(Sums &o, const u8 *tile, const Weights<false
 
 /* Weights p as first operands; `l` takes their sums. Where values have scales, weights take these
  * in, and l sums what was not rounded yet. */
-template <bool RAW>
-KV_DEVICE void pack_tile(Weights<RAW> &weights, const float (&s)[KEY_TILES<RAW>][4],
-                         const u8 *v_tile, float (&l)[2]) {
-    constexpr bool scaled = V_ENCODED<RAW> && FormatOf<V_FORMAT>::ROW_METADATA_BYTES > 0;
+template <bool SCALED>
+KV_DEVICE void pack_tile(Weights &weights, const float (&s)[KEY_TILES][4], const u8 *v_tile,
+                         float (&l)[2]) {
 #pragma unroll
-    for (s32 n = 0; n < KEY_TILES<RAW>; n++) {
+    for (s32 n = 0; n < KEY_TILES; n++) {
         u32 pair = 0;
-        if constexpr (scaled)
+        if constexpr (SCALED)
             pair = reinterpret_cast<const u32 *>(
                 v_tile + TILE_METADATA<V_FORMAT, HEAD_DIM_V>)[4 * n + (lane_id() & 3)];
 #pragma unroll
         for (s32 half = 0; half < 2; half++) {
             const float a = s[n][2 * half], b = s[n][2 * half + 1];
             u32 &to = weights[n >> 1][2 * (n & 1) + half];
-            if constexpr (scaled) {
+            if constexpr (SCALED) {
                 l[half] += a + b;
                 to = pack_bf16(a * u32_as_float(pair << 16), b * u32_as_float(pair & 0xffff0000u));
             } else {
@@ -143,11 +144,17 @@ KV_DEVICE void pack_tile(Weights<RAW> &weights, const float (&s)[KEY_TILES<RAW>]
     }
 }
 
-template <bool RAW>
-KV_DEVICE void multiply_values(Sums &o, u8 *tile, const Weights<RAW> &weights, s32 slice,
-                               const HalfTable &table) {
-    if constexpr (V_ENCODED<RAW>)
-        multiply_code_values<V_FORMAT>(o, tile, weights, slice, table);
-    else
-        multiply_float_values<RAW>(o, tile, weights, slice);
+/* o += p . V, of which p are the weights so far. */
+KV_DEVICE void add_values(Sums &o, float (&l)[2], const float (&s)[KEY_TILES][4], u8 *tile,
+                          s32 slice, const HalfTable &table, bool raw) {
+    constexpr bool scaled = V_QUANTIZED && FormatOf<V_FORMAT>::ROW_METADATA_BYTES > 0;
+    Weights weights;
+    if constexpr (V_QUANTIZED)
+        if (!raw) {
+            pack_tile<scaled>(weights, s, tile, l);
+            multiply_code_values<V_FORMAT>(o, tile, weights, slice, table);
+            return;
+        }
+    pack_tile<false>(weights, s, tile, l);
+    multiply_float_values(o, tile, weights, slice, raw ? RAW_TILE : TILE);
 }

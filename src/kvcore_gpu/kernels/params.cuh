@@ -2,6 +2,8 @@
 #pragma once
 #include "device.cuh"
 
+enum Dtype : s32 { DTYPE_F32, DTYPE_F16, DTYPE_BF16 };
+
 /* New rows of a call, [T, H, D] ragged or [S, padded_length, H, D] padded. Token i of sequence s
  * lies at
  *   ragged: (query_starts[s] + i) * token_stride
@@ -10,7 +12,7 @@
 struct Rows {
     void *data;                                     /* null: none */
     s64 sequence_stride, token_stride, head_stride; /* in elements */
-    s32 dtype;                                      /* 0 float32, 1 float16, 2 bfloat16 */
+    s32 dtype;                                      /* a Dtype */
     s32 num_heads, head_dim;
     s32 padded_length; /* 0: ragged */
 };

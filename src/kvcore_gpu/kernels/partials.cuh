@@ -72,14 +72,15 @@ KV_DEVICE State merge_splits(const AttendParams &p, const Work &work, s32 row, f
 #pragma unroll 1
         for (s32 split = max(base, first_split); split < end; split += TOGETHER) {
             const float *from = first_out + (s64)(split - first_split) * DIM;
-            float x[TOGETHER][N];
+            float x[TOGETHER][N] = {};
 #pragma unroll
             for (s32 j = 0; j < TOGETHER; j++)
+                if (split + j < end) {
 #pragma unroll
-                for (s32 i = 0; i < N; i++)
-                    x[j][i] = split + j < end && (DIM % 32 == 0 || 32 * i + lane < DIM)
-                                  ? load_l2(from + j * DIM + 32 * i)
-                                  : 0.0f;
+                    for (s32 i = 0; i < N; i++)
+                        if (DIM % 32 == 0 || 32 * i + lane < DIM)
+                            x[j][i] = load_l2(from + j * DIM + 32 * i);
+                }
 #pragma unroll
             for (s32 j = 0; j < TOGETHER; j++) {
                 const float take = shfl(weight, (split + j) & 31); /* 0 beyond the last split */
@@ -122,17 +123,21 @@ KV_DEVICE void merge_raw(const AttendParams &p, const Work &work, s32 row, State
 }
 
 template <s32 DIM, s32 N>
-KV_DEVICE void store_row(const Rows &out, s64 at, float l, const float (&o)[N]) {
+KV_DEVICE void store_row(const Rows &out, s64 at, float keep, const float (&o)[N]) {
+    float *floats = static_cast<float *>(out.data) + at;
+    u16 *halves = static_cast<u16 *>(out.data) + at;
+    if (out.dtype == DTYPE_F32) {
 #pragma unroll
-    for (s32 i = 0; i < N; i++) {
-        const s32 d = 32 * i + lane_id();
-        if (d >= DIM)
-            continue;
-        const float x = l == 0.0f ? 0.0f : o[i] / l;
-        if (out.dtype == 0)
-            static_cast<float *>(out.data)[at + d] = x;
-        else
-            static_cast<u16 *>(out.data)[at + d] = out.dtype == 1 ? f32_to_f16(x) : f32_to_bf16(x);
+        for (s32 i = 0; i < N; i++)
+            if (32 * i + (s32)lane_id() < DIM)
+                floats[32 * i + lane_id()] = keep * o[i];
+    } else {
+#pragma unroll
+        for (s32 i = 0; i < N; i++) {
+            const u16 f16 = f32_to_f16(keep * o[i]), bf16 = f32_to_bf16(keep * o[i]);
+            if (32 * i + (s32)lane_id() < DIM)
+                halves[32 * i + lane_id()] = out.dtype == DTYPE_F16 ? f16 : bf16;
+        }
     }
 }
 
@@ -146,14 +151,13 @@ KV_DEVICE void finish_row(const AttendParams &p, const Work &work, s32 row) {
         merge_raw<DIM>(p, work, row, state, o);
     const s32 token = token_of(p, work.first_row + row);
     const s32 head = query_head_of(p, work.head, work.first_row + row);
+    float keep = 1.0f;
     if (p.sinks) {
-        float keep, take;
+        float take;
         merge_state(state, {p.sinks[head] * LOG2E, 1.0f}, keep, take);
-#pragma unroll
-        for (s32 i = 0; i < (DIM + 31) / 32; i++)
-            o[i] *= keep;
     }
-    store_row<DIM>(p.out, row_offset(p.out, work.seq, token, head), state.l, o);
+    keep = state.l == 0.0f ? 0.0f : keep / state.l;
+    store_row<DIM>(p.out, row_offset(p.out, work.seq, token, head), keep, o);
     if (p.lse && lane_id() == 0)
         p.lse[(work.seq.first_token + (s64)token) * p.q.num_heads + head] = natural_lse(state);
 }

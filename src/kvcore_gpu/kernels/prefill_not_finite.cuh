@@ -1,19 +1,15 @@
-/* Values that are not finite, where some rows of a block take them and others do not: those that do
- * get them with a weight of 1, and zeros come into their place, as a weight of 0 does not keep them
- * out of a product. */
+/* Values that are not finite in tiles of which some rows of a block take keys that others do not. */
 #pragma once
+#include "not_finite.cuh"
 #include "prefill_tile.cuh"
 
 /* Whether this warp's copies have brought any, which it looks at while others wait for theirs. */
 KV_DEVICE bool has_copied_not_finite(u8 *values) {
     u32 found = 0;
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < KEYS * V_CHUNKS; i += THREADS) {
-        const uint4 chunk =
-            *reinterpret_cast<uint4 *>(chunk_of<V_CHUNKS>(values, i / V_CHUNKS, i % V_CHUNKS));
-        found |= not_finite_halves<V_IS_BF16>(chunk.x) | not_finite_halves<V_IS_BF16>(chunk.y) |
-                 not_finite_halves<V_IS_BF16>(chunk.z) | not_finite_halves<V_IS_BF16>(chunk.w);
-    }
+    for (u32 i = threadIdx.x; i < KEYS * V_CHUNKS; i += THREADS)
+        found |= not_finite_halves<V_IS_BF16>(
+            *reinterpret_cast<uint4 *>(chunk_of<V_CHUNKS>(values, i / V_CHUNKS, i % V_CHUNKS)));
     return any(found != 0);
 }
 
@@ -26,22 +22,12 @@ KV_DEVICE void add_not_finite(const AttendParams &p, const Place &place, bool ra
         const s32 key = i / V_CHUNKS, column = i % V_CHUNKS;
         const u8 *chunk = chunk_of<V_CHUNKS>(values, key, column);
         const u32 pair = reinterpret_cast<const u32 *>(chunk)[lane_id() & 3];
-        const u32 halves = not_finite_halves<V_IS_BF16>(pair);
-        if (!any(halves != 0))
+        if (!any(not_finite_halves<V_IS_BF16>(pair) != 0))
             continue;
-        const float low = halves & 0x8000u ? unpack<V_IS_BF16>((u16)pair) : 0.0f;
-        const float high = halves >> 16 ? unpack<V_IS_BF16>((u16)(pair >> 16)) : 0.0f;
-        const u32 rows = ballot(keys >> key & 1) >> (lane_id() >> 2);
+        const u32 rows = ballot(keys >> key & 1);
 #pragma unroll
         for (s32 t = 0; t < ROW_TILES; t++)
-#pragma unroll
-            for (s32 half = 0; half < 2; half++)
-#pragma unroll
-                for (s32 n = 0; n < V_CHUNKS; n++)
-                    if (rows >> (16 * t + 8 * half) & 1 && n == column) {
-                        state.o[t][n][2 * half] += low;
-                        state.o[t][n][2 * half + 1] += high;
-                    }
+            add_pair<V_IS_BF16>(state.o[t], column, pair, rows >> 16 * t);
     }
 }
 
@@ -52,10 +38,8 @@ KV_DEVICE void clear_not_finite(u8 *values) {
         u32 *pair = reinterpret_cast<u32 *>(
                         chunk_of<V_CHUNKS>(values, chunk / V_CHUNKS, chunk % V_CHUNKS)) +
                     i % 4;
-        bool found = false;
-        const u32 finite = finite_pair<V_IS_BF16>(*pair, found);
-        if (found)
-            *pair = finite;
+        if (not_finite_halves<V_IS_BF16>(*pair))
+            *pair = finite_pair<V_IS_BF16>(*pair);
     }
 }
 

@@ -95,13 +95,13 @@ KV_DEVICE void undo_transform_of_rows(const AttendParams &p, const Shared &share
 }
 
 KV_DEVICE void store_four(const Rows &out, s64 at, const float4 &x, float keep) {
-    if (out.dtype == 0) {
+    if (out.dtype == DTYPE_F32) {
         *reinterpret_cast<float4 *>(static_cast<float *>(out.data) + at) =
             float4{keep * x.x, keep * x.y, keep * x.z, keep * x.w};
         return;
     }
     uint2 *to = reinterpret_cast<uint2 *>(static_cast<u16 *>(out.data) + at);
-    if (out.dtype == 1)
+    if (out.dtype == DTYPE_F16)
         *to = uint2{pack_f16(keep * x.x, keep * x.y), pack_f16(keep * x.z, keep * x.w)};
     else
         *to = uint2{pack_bf16(keep * x.x, keep * x.y), pack_bf16(keep * x.z, keep * x.w)};

@@ -1,5 +1,6 @@
 /* What rows take of a pass: the keys that they see, and read encoded or raw. */
 #pragma once
+#include "key_bits.cuh"
 #include "prefill_layout.cuh"
 
 KV_DEVICE s32 num_rows_of(const AttendParams &p, const Sequence &seq) {
@@ -38,15 +39,6 @@ KV_DEVICE Sight sight_of_lane(const AttendParams &p, const Place &place) {
     return sight_of(p, place.seq, (u32)min(row, last) / (u32)p.group);
 }
 
-/* Whether Taken says all: neither a mask nor positions leave keys out within. */
-KV_DEVICE bool is_range(const AttendParams &p, const Sight &sight) {
-#if OPTIONS
-    return !sight.mask && !(p.window > 0 && p.positions);
-#else
-    return true;
-#endif
-}
-
 KV_DEVICE WarpSight look(const AttendParams &p, const Place &place, bool raw) {
     if (place.first_row + WARP_ROWS * (s32)warp_id() >= num_rows_of(p, place.seq))
         return {0, 0, 0, 0};
@@ -60,25 +52,11 @@ KV_DEVICE WarpSight look(const AttendParams &p, const Place &place, bool raw) {
     return warp;
 }
 
-/* The lower `count` bits of 64; all of them from 64 on. */
-KV_DEVICE u64 low_bits(s32 count) { return count >= 64 ? ~0ull : (1ull << max(count, 0)) - 1; }
-
-/* Bit i: whether row l % WARP_ROWS of the warp takes key first + i of the tile. */
+/* Of the tile, the keys that row l % WARP_ROWS of the warp takes. */
 KV_DEVICE u64 keys_of_lane(const AttendParams &p, const Place &place, bool raw, s32 first) {
     const Sight sight = sight_of_lane(p, place);
-    const Taken taken = taken_by(place.seq, sight, raw);
-    u64 keys = low_bits(taken.end - first) & ~low_bits(taken.begin - first);
+    u64 keys = keys_seen<u64>(p, place.seq, sight, first);
     if (QUANTIZED)
-        keys &= low_bits(taken.head - first) | ~low_bits(taken.tail - first);
-    if constexpr (OPTIONS) {
-        static_assert(!OPTIONS || WARP_ROWS == 16, "two lanes have a row, and take turns");
-        if (is_range(p, sight)) /* as the sequence's other rows */
-            return keys;
-#pragma unroll 1
-        for (s32 i = lane_id() / WARP_ROWS; i < KEYS; i += 2)
-            if (!sees(p, place.seq, sight, first + i))
-                keys &= ~(1ull << i);
-        keys &= shfl_xor(keys, WARP_ROWS);
-    }
+        keys &= keys_read<u64>(place.seq, sight, first, raw);
     return keys;
 }

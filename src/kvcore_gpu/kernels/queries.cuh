@@ -7,14 +7,22 @@
 
 template <s32 DIM, s32 N>
 KV_DEVICE void load_query_row(const AttendParams &p, s64 at, float (&x)[N]) {
+    const float *floats = static_cast<const float *>(p.q.data) + at;
+    const u16 *halves = static_cast<const u16 *>(p.q.data) + at;
+    if (p.q.dtype == DTYPE_F32) {
 #pragma unroll
-    for (s32 i = 0; i < N; i++) {
-        const s32 d = 32 * i + lane_id();
-        x[i] = 0.0f;
-        if (d < DIM)
-            x[i] = p.q.dtype == 0   ? static_cast<const float *>(p.q.data)[at + d]
-                   : p.q.dtype == 1 ? f16_to_f32(static_cast<const u16 *>(p.q.data)[at + d])
-                                    : bf16_to_f32(static_cast<const u16 *>(p.q.data)[at + d]);
+        for (s32 i = 0; i < N; i++) {
+            const s32 d = 32 * i + lane_id();
+            x[i] = d < DIM ? floats[d] : 0.0f;
+        }
+    } else {
+#pragma unroll
+        for (s32 i = 0; i < N; i++) {
+            const s32 d = 32 * i + lane_id();
+            const u16 half = d < DIM ? halves[d] : 0;
+            const float f16 = f16_to_f32(half), bf16 = bf16_to_f32(half);
+            x[i] = p.q.dtype == DTYPE_F16 ? f16 : bf16;
+        }
     }
 }
 

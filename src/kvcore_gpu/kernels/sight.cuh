@@ -93,31 +93,25 @@ KV_DEVICE s32 key_position(const AttendParams &p, const Sequence &seq, s32 j) {
     return j;
 }
 
+/* Whether a window reaches from the query to a key that stands at `at`. */
+KV_DEVICE bool is_near(const AttendParams &p, const Sight &sight, s32 at) {
+    return at <= sight.position && sight.position - at < p.window;
+}
+
 KV_DEVICE bool sees(const AttendParams &p, const Sequence &seq, const Sight &sight, s32 j) {
     if (j < sight.begin || j >= sight.end)
         return false;
 #if OPTIONS
     if (sight.mask && !(sight.mask[j >> 3] >> (j & 7) & 1))
         return false;
-    if (p.window > 0) {
-        const s32 at = key_position(p, seq, j);
-        return at <= sight.position && sight.position - at < p.window;
-    }
+    if (p.window > 0)
+        return is_near(p, sight, key_position(p, seq, j));
 #endif
     return true;
 }
 
 KV_DEVICE bool reads_raw(const Sequence &seq, const Sight &sight, s32 j) {
     return seq.has_raw && (j < seq.raw_first || j >= sight.raw_begin);
-}
-
-/* Whether it may be that a key between sight.begin and sight.end is not seen. */
-KV_DEVICE bool may_miss_some(const AttendParams &p, const Sight &sight) {
-#if OPTIONS
-    return sight.mask || (p.window > 0 && p.positions);
-#else
-    return false;
-#endif
 }
 
 /* s = q . k as the softmax takes it, to base 2: scaled, capped and moved. */

@@ -4,8 +4,6 @@
 #include "formats.cuh"
 #include "params.cuh"
 
-enum Dtype : s32 { DTYPE_F32, DTYPE_F16, DTYPE_BF16 }; /* as Rows has them */
-
 KV_DEVICE constexpr s32 dtype_bytes(s32 dtype) { return dtype == DTYPE_F32 ? 4 : 2; }
 
 /* The dtype with the same elements as a float format. */

@@ -71,20 +71,6 @@ template <bool IS_BF16> KV_DEVICE float unpack(u16 bits) {
     return IS_BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
 }
 
-/* The upper bit of each half that is a NaN or an infinity. */
-template <bool IS_BF16> KV_DEVICE u32 not_finite_halves(u32 pair) {
-    constexpr u32 exponents = IS_BF16 ? 0x7f807f80u : 0x7c007c00u;
-    constexpr u32 lowest = IS_BF16 ? 0x00800080u : 0x04000400u;
-    return ((pair & exponents) + lowest) & 0x80008000u;
-}
-
-/* Zero for each of the two that is one, which `found` then notes. */
-template <bool IS_BF16> KV_DEVICE u32 finite_pair(u32 pair, bool &found) {
-    const u32 halves = not_finite_halves<IS_BF16>(pair);
-    found = found || halves != 0;
-    return pair & ((halves & 0x8000u ? 0u : 0xffffu) | (halves >> 16 ? 0u : 0xffff0000u));
-}
-
 /* The power of two that brings a magnitude into [2^13, 2^14), which float16 holds with room above. */
 KV_DEVICE float power_for_f16(float magnitude) {
     const s32 exponent = min(max((s32)(float_as_u32(magnitude) >> 23), 14), 253);

@@ -26,9 +26,9 @@ struct Work {
 KV_DEVICE s32 num_parts(const Work &work) {
     return work.end_split - work.first_split + work.some_raw;
 }
-KV_DEVICE s32 token_of(const AttendParams &p, s32 row) { return row / p.group; }
+KV_DEVICE s32 token_of(const AttendParams &p, s32 row) { return (u32)row / (u32)p.group; }
 KV_DEVICE s32 query_head_of(const AttendParams &p, s32 head, s32 row) {
-    return head * p.group + row % p.group;
+    return head * p.group + (s32)((u32)row % (u32)p.group);
 }
 
 KV_DEVICE void find_parts(Work &work) {
