@@ -22,7 +22,7 @@ export CPATH := $(HEADERS)/python3:$(HEADERS)$(if $(CPATH),:$(CPATH))
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-oracle test-pairs test-slow test-sanitize test-neon build lint format bench bench-peers bench-curves docs clean distclean
+.PHONY: help demo test test-oracle test-slow test-sanitize test-neon build lint format bench bench-peers bench-curves docs clean distclean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -35,9 +35,6 @@ test: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the tests
 
 test-oracle: $(STAMPS)/build $(STAMPS)/extra-oracle $(STAMPS)/model ## against transformers (fetches torch)
 	@$(BIN)/python -m pytest -m "oracle and not slow" $(ARGS)
-
-test-pairs: $(STAMPS)/build $(STAMPS)/extra-test ## every pair of formats through the GPU's compiler; minutes
-	@$(BIN)/python -m pytest -m pairs $(PARALLEL) $(ARGS)
 
 test-slow: $(STAMPS)/build $(STAMPS)/extra-test $(STAMPS)/model ## the large grids; minutes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
