@@ -105,8 +105,11 @@ def attention(
         scores = np.where(seen, scores, -np.inf)
         some = seen.any(axis=1)
         if some.any():
-            lse[some, head] = special.logsumexp(scores[some], axis=1)
-            weights = special.softmax(scores[some], axis=1)
+            top = scores[some].max(axis=1, keepdims=True)
+            powers = np.exp(scores[some] - top)
+            total = powers.sum(axis=1, keepdims=True)
+            lse[some, head] = (top + np.log(total))[:, 0]
+            weights = powers / total
             # What is not seen takes no part, though it be NaN.
             out[some, head] = [w[s] @ values[s] for w, s in zip(weights, seen[some], strict=True)]
             lengths = np.linalg.norm(values, axis=-1)
