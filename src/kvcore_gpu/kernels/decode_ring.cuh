@@ -57,7 +57,7 @@ KV_DEVICE void copy_code_rows(u8 *tile, const u8 *from, s32 count) {
     }
 }
 
-/* What a lane reads of floats begins here, in a block's rows. */
+/* Where in a block's rows what a lane copies of floats begins. */
 template <s32 CHUNKS> KV_DEVICE s64 lane_offset(u32 token_stride, s32 first) {
     const s32 lane = (s32)lane_id();
     return (u64)(u32)(lane / CHUNKS) * token_stride + 16 * (first + lane % CHUNKS);

@@ -1,5 +1,5 @@
 /* Which keys of a tile a row takes, as bits of a number: bit i is for key first + i. A tile begins at a
- * multiple of 8, where a byte of a mask does. */
+ * multiple of 8, where a byte of a mask does. Of single keys sees() and reads_raw() say the same. */
 #pragma once
 #include "sight.cuh"
 
